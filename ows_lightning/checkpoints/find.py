@@ -47,7 +47,7 @@ def last_good(folder: Path, other_than: Path | None = None) -> Path | None:
     """Returns the newest checkpoint in a folder that is whole; damaged ones are named in the log."""
     for pattern in ("*.ckpt", ".*.ckpt.old"):  # the latter is left by a kill during `replace_atomically`
         there = [path for path in folder.glob(pattern) if path.exists() and path != other_than]  # not links to what is gone
-        for path in sorted(there, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        for path in sorted(there, key=lambda path: (path.stat().st_mtime_ns, path.name == "last.ckpt"), reverse=True):
             try:
                 load_verified(path)
                 return path

@@ -181,6 +181,8 @@ def _task_manager(tasks: list[str], include_path: Path | None) -> Any:
     """Returns lm-eval's task manager, also for YAML files in a folder; a UsageError names a task that it lacks."""
     from lm_eval.tasks import TaskManager
 
+    if include_path is not None and not include_path.is_dir():
+        raise UsageError(f"include_path: no folder '{include_path}'")
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise UsageError(f"tasks: lm-eval has no task '{unknown[0]}'; `lm_eval ls tasks` lists those that it has")

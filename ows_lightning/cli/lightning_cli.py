@@ -135,9 +135,12 @@ class OWSCLI(LightningCLI):
         for section in ("trainer", "checkpoint"):
             if not isinstance(value := config[section], Namespace):
                 raise UsageError(f"{section}: '{value}' is no mapping of keys to values")
-        for key in ("trainer.default_root_dir", "checkpoint.dirpath", "sampling.scores", "ckpt_path", "output"):
-            if isinstance(value := config.get(key), (str, Path)):  # the ~ of --key=~/folder, which shells leave as it is
-                config[key] = type(value)(os.path.expanduser(value))
+        keys = ["trainer.default_root_dir", "checkpoint.dirpath", "sampling.scores", "ckpt_path", "output", "include_path"]
+        loggers = config["trainer.logger"] if isinstance(config["trainer.logger"], list) else [config["trainer.logger"]]
+        parts = [(one.init_args, "save_dir") for one in loggers if isinstance(one, Namespace) and "init_args" in one]
+        for part, key in [*((config, key) for key in keys), *parts]:
+            if isinstance(value := part.get(key), (str, Path)):  # the ~ of --key=~/folder, which shells leave as it is
+                part[key] = type(value)(os.path.expanduser(value))
                 if "${" in str(value):
                     raise UsageError(f"{key}: '{value}' names a variable, which YAML files do not replace; write the path")
         check_settings(config, trains=command == "fit")

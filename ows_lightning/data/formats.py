@@ -99,6 +99,8 @@ def _from_messages(row: Row, row_name: str, column: str = "messages") -> Example
     if not isinstance(turns, list) or not turns:
         raise UsageError(f"{row_name}: '{column}' must be a list of messages, got {_type_text(turns)}")
     messages = [_message(turn, f"{row_name}: '{column}' entry {i}") for i, turn in enumerate(turns, start=1)]
+    if column in ("messages", "conversations") and messages[-1]["role"] == "user" and row.get("answer") is not None:
+        messages += _answer(row, "completion", row_name)
     return {"messages": _with_system(row, messages, row_name)}
 
 

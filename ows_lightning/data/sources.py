@@ -123,12 +123,14 @@ def read_rows(source: DataSource) -> Iterator[tuple[str, Row]]:
             yield f"{source.name} row {number}", drop_arrow_nulls(row)
         if not number:
             raise source.error(f"'{source.name}' has no rows")
+    names = Counter(Path(file).name for file in source.files)
     for file in map(Path, source.files):
         place: str | None = None
+        name = str(file) if names[file.name] > 1 else file.name
         for place, row in _READERS[str(_suffix_of(file))](file, source):
             if not isinstance(row, dict):
-                raise source.error(f"{file.name} {place} is a {type(row).__name__}, not an object of columns and values")
-            yield f"{file.name} {place}", row
+                raise source.error(f"{name} {place} is a {type(row).__name__}, not an object of columns and values")
+            yield f"{name} {place}", row
         if place is None:
             raise source.error(f"{file} has no rows")
 
@@ -150,7 +152,7 @@ def content_hash(source: DataSource) -> str:
 
 def _files_of_split(directory: Path, source: DataSource) -> tuple[str, ...]:
     """The data files below `directory`; where names name splits (train.jsonl, test/a.jsonl), those of one of `source`'s."""
-    visible = [p for p in sorted(directory.rglob("*")) if "/." not in f"/{p.relative_to(directory).as_posix()}"]
+    visible = sorted(map(Path, glob.glob(f"{glob.escape(str(directory))}/**/*", recursive=True)))  # also in linked folders
     files = [p for p in visible if _suffix_of(p) and p.is_file()]  # not Jupyter's old copies in .ipynb_checkpoints
     if not files:
         raise source.error(f"the directory '{source.name}' holds no {_FILE_KINDS} file")

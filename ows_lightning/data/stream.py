@@ -61,14 +61,14 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
 
     def _rows(self, block: Sequence[dict[str, str]], number: int) -> list[Item]:
         batch = {name: [entry[name] for entry in block] for name in ("where", "example")}
-        where = batch["where"]
-        indices = [where.index(name) for name in where]  # a short stream has a row several times
+        where, pairs = batch["where"], [*zip(*batch.values(), strict=True)]
+        indices = [*map(pairs.index, pairs)]  # a short stream has a row several times
         columns = encode(batch, indices, self.encoder, find_unshown=number == 0)
         documents = [(ids, labels) for ids, labels in zip(columns["input_ids"], columns["labels"], strict=True) if ids]
         if number == 0:
             if not documents:
                 named = join_names(dict.fromkeys(where))
-                raise UsageError(f"data.dataset: none of the first {len({*where})} rows has an answer to train on: {named}")
+                raise UsageError(f"data.dataset: none of the first {len({*pairs})} rows has an answer to train on: {named}")
             among, limit = f"the first {BUFFER_SIZE} rows", self.encoder.max_seq_length
             warn_of_dropped("dataset", columns, where, among)
             if (cut := sum(columns["truncated"])) and self.length > 1:  # not for a sample of one row

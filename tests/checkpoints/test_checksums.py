@@ -79,6 +79,13 @@ def test_a_bit_anywhere_in_a_file(saved: Path, tmp_path: Path) -> None:
     assert find_checkpoint("last", tmp_path) == newest
 
 
+def test_last_is_the_newest_of_files_that_were_copied_within_one_tick(saved: Path, tmp_path: Path) -> None:
+    (saved / "second.ckpt").rename(saved / "last.ckpt")
+    for file in saved.iterdir():
+        os.utime(file, ns=(0, 0))
+    assert find_checkpoint("last", tmp_path) == saved / "last.ckpt"
+
+
 @pytest.mark.slow
 def test_a_bit_anywhere_in_a_folder_of_shards(arguments: Arguments, tmp_path: Path) -> None:  # noqa: F811
     command = arguments(

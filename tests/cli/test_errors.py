@@ -764,6 +764,11 @@ def test_the_home_of_a_path_that_the_shell_left_as_it_was(
     assert line.startswith(f"ckpt_path: no run has saved a checkpoint in '{tmp_path}/kept' or '{tmp_path}/runs'")
     line, _ = typed("validate --config base.yaml --ckpt_path=~/last.ckpt")
     assert line.startswith(f"ckpt_path: no checkpoint '{tmp_path}/last.ckpt'")
+    logger = "--trainer.logger CSVLogger --trainer.logger.save_dir=~/logs"
+    line, _ = typed(f"validate --config base.yaml {logger} --ckpt_path last")
+    assert line.startswith(f"ckpt_path: no run has saved a checkpoint in '{tmp_path}/logs/lightning_logs';")
+    line, _ = typed("test --config base.yaml --tasks [even] --include_path=~/nowhere")
+    assert line == f"include_path: no folder '{tmp_path}/nowhere'"
 
 
 def test_last_is_looked_for_where_a_csv_logger_of_the_users_writes(typed: Callable[[str], tuple[str, int]]) -> None:

@@ -644,6 +644,9 @@ def test_a_data_set_without_any_target_is_an_error(jsonl: Write) -> None:
         ready(jsonl(rows))
     with pytest.raises(UsageError, match=r"^data.dataset: none of the first 2 rows has an answer to train on: rows"):
         ready(jsonl(rows), streaming=True).sample_row()
+    sources = [jsonl([{"prompt": folder, "completion": ""}], f"{folder}/rows.jsonl") for folder in ("a", "b")]
+    with pytest.raises(UsageError, match=r"^data.dataset: none of the first 2 rows has an answer to train on: rows"):
+        ready(sources, streaming=True).sample_row()
 
 
 def test_an_answer_that_is_none_of_the_choices_is_found_by_check(jsonl: Write) -> None:

@@ -121,6 +121,21 @@ def test_directories_and_globs(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "*.jsonl") == ROWS
 
 
+def test_linked_folders_are_read_as_a_glob_reads_them(tmp_path: Path) -> None:
+    write(tmp_path / "data" / "a.jsonl", ROWS[:1])
+    write(tmp_path / "elsewhere" / "b.jsonl", ROWS[1:])
+    (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere")
+    assert rows_of(tmp_path / "data") == rows_of(tmp_path / "data" / "**" / "*.jsonl") == ROWS
+
+
+def test_rows_of_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        write(tmp_path / folder / "rows.jsonl", ROWS[:1])
+    write(tmp_path / "other.jsonl", ROWS[:1])
+    named = [name for name, _ in read_rows(resolve(str(tmp_path), "dataset"))]
+    assert named == [f"{tmp_path}/a/rows.jsonl line 1", f"{tmp_path}/b/rows.jsonl line 1", "other.jsonl line 1"]
+
+
 def test_hidden_files_of_a_directory_are_no_rows(tmp_path: Path) -> None:
     write(tmp_path / ".data" / "a.jsonl")
     write(tmp_path / ".data" / ".ipynb_checkpoints" / "a-checkpoint.jsonl", ROWS[:1])  # Jupyter's copy of an older state
