@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 import numpy as np
 from matplotlib import ticker
@@ -75,14 +75,15 @@ def _values(rows: Iterable[dict[str, str]]) -> Values:
     return values
 
 
-def _mean(lengths: dict[int, Values], name: str, column: str) -> list[float]:
-    """A column's mean over seeds, for each length that a method has."""
-    return [_known_mean(values[name], column) for values in lengths.values() if name in values]
+def _averages(lengths: dict[int, Values], name: str, column: str) -> list[float]:
+    """A column's average over seeds, for each length that a method has."""
+    return [_average(values[name], column) for values in lengths.values() if name in values]
 
 
-def _known_mean(runs: dict[int, dict[str, float]], column: str) -> float:
-    """A column's mean over the seeds that have it: not each run was timed."""
-    return mean([run[column] for run in runs.values() if not math.isnan(run[column])] or [math.nan])
+def _average(runs: dict[int, dict[str, float]], column: str) -> float:
+    """A column's mean over the seeds that have it; of seconds, which a slow moment of the machine adds to, the median."""
+    known = [run[column] for run in runs.values() if not math.isnan(run[column])] or [math.nan]
+    return median(known) if column == "time_s" else mean(known)
 
 
 def length_table(lengths: dict[int, Values], reference: str) -> str:
@@ -91,7 +92,7 @@ def length_table(lengths: dict[int, Values], reference: str) -> str:
     Between two lengths of a method the loss is interpolated over the logarithm of the cost; beyond them nothing is said.
     """
     names = list(dict.fromkeys(name for values in reversed(lengths.values()) for name in values))
-    costs = [cost for cost in ("flops", "time_s") if not all(math.isnan(x) for x in _mean(lengths, reference, cost))]
+    costs = [cost for cost in ("flops", "time_s") if not all(math.isnan(x) for x in _averages(lengths, reference, cost))]
     with_reference = {steps: values for steps, values in lengths.items() if reference in values}
     header = ["Method", *(f"{steps} steps" for steps in lengths)]
     header += [f"{COSTS[cost]} of {reference} with {steps}" for cost in costs for steps in with_reference]
@@ -102,15 +103,15 @@ def length_table(lengths: dict[int, Values], reference: str) -> str:
             runs = values.get(name, {}).values()
             cells.append(f"{mean(run['test_loss'] for run in runs):.3f} ({len(runs)} seeds)" if runs else "")
         for cost in costs:
-            logs, losses = np.log(_mean(lengths, name, cost)), np.array(_mean(lengths, name, "test_loss"))
+            logs, losses = np.log(_averages(lengths, name, cost)), np.array(_averages(lengths, name, "test_loss"))
             known = ~np.isnan(logs)  # not every run has its seconds
-            targets = np.log(_mean(with_reference, reference, cost))
+            targets = np.log(_averages(with_reference, reference, cost))
             if not known.any():
                 cells += [""] * len(targets)
                 continue
             found = np.interp(targets, logs[known], losses[known], left=math.nan, right=math.nan)
             cells += [_plain(float(loss)) for loss in np.where(np.isnan(targets), math.nan, found)]
-        rows.append([*cells, f"{_mean(lengths, name, 'peak_mb')[-1]:,.0f}"])
+        rows.append([*cells, f"{_averages(lengths, name, 'peak_mb')[-1]:,.0f}"])
     return markdown([*header, "Peak memory (MB)"], rows)
 
 
@@ -128,7 +129,7 @@ def task_table(values: Values, before: dict[str, float], reference: str) -> str:
         cells = [name, f"{runs[0]['lr']:g}", str(len(runs)), interval([run["test_loss"] for run in runs]), difference]
         cells += [_plain(p_value.get(name, math.nan)) for p_value in p_values]
         cells += [interval([run[column] for run in runs]) for column in ("test_metric", "forgetting")]
-        costs = [_known_mean(values[name], cost) for cost in COSTS]
+        costs = [_average(values[name], cost) for cost in COSTS]
         cells += ["" if math.isnan(cost) else f"{cost:.3g}" for cost in costs]
         rows.append(cells)
     if before:
@@ -221,7 +222,7 @@ def plot(lengths: dict[int, Values], path: Path, title: str) -> None:
     """
     runs_at = Counter(name for values in lengths.values() for name in values)
     names = [name for name in runs_at if runs_at[name] > 1 or len(lengths) == 1]
-    shown = {cost: [name for name in names if not all(map(math.isnan, _mean(lengths, name, cost)))] for cost in COSTS}
+    shown = {cost: [name for name in names if not all(map(math.isnan, _averages(lengths, name, cost)))] for cost in COSTS}
     measured = [cost for cost in COSTS if len(shown[cost]) > (len(names) > 1)]  # one method alone compares nothing
     figure = Figure(figsize=(4 * len(measured), 4), layout="constrained")
     axes = figure.subplots(1, len(measured), sharey=True)
@@ -232,7 +233,7 @@ def plot(lengths: dict[int, Values], path: Path, title: str) -> None:
             means = [mean(runs) for runs in losses]
             error = [[m - min(runs) for m, runs in zip(means, losses, strict=True)]]
             error += [[max(runs) - m for m, runs in zip(means, losses, strict=True)]]
-            axis.errorbar(_mean(lengths, name, cost), means, yerr=error, marker=marker, capsize=2, label=name)
+            axis.errorbar(_averages(lengths, name, cost), means, yerr=error, marker=marker, capsize=2, label=name)
         axis.set_xlabel(COSTS[cost])
         if len(lengths) > 1 and cost != "peak_mb":
             axis.set_xscale("log")
