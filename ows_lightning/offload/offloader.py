@@ -138,13 +138,12 @@ class BlockOffloader:
             yield
             return
         self.end_pass()
-        with self.exact_weights():
-            self.schedule.enter(index)
-            self._apply_updates(index, self.schedule.slot_of(index), in_layers=False)
-            try:
-                yield
-            finally:
-                self.schedule.release_all()
+        self.schedule.enter(index)
+        self._apply_updates(index, self.schedule.slot_of(index), in_layers=False)
+        try:
+            yield
+        finally:
+            self.schedule.release_all()
 
     @contextmanager
     def exact_weights(self) -> Iterator[None]:
