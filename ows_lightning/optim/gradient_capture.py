@@ -336,5 +336,6 @@ def _to_host(gradient: Tensor, memory: Tensor | None) -> Tensor:
     """Copies a gradient of any shape to host memory, given or new; from a GPU to pinned memory, without waiting for it."""
     if not gradient.is_cuda:
         return gradient.to("cpu")
-    memory = torch.empty_like(gradient, device="cpu", pin_memory=True) if memory is None else memory
+    if memory is None:
+        memory = torch.empty_like(gradient, device="cpu", pin_memory=True)
     return memory.copy_(gradient, non_blocking=True)

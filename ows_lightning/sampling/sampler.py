@@ -182,7 +182,7 @@ class BlockSampler:
     def _check_optimizers(self, optimizers: Iterable[Optimizer]) -> None:
         """Refuses optimizers that hold no weight of some block, which would never train; see also `check_optimizer`."""
         held = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-        for optimizer in {held[p]: None for p in activation.block_matrices(self._blocks) if p in held}:
+        for optimizer in dict.fromkeys(held[p] for p in activation.block_matrices(self._blocks) if p in held):
             self.check_optimizer(optimizer)
         if left_out := [i for i, block in enumerate(self._blocks) if len(block) and held.keys().isdisjoint(block.values())]:
             fault = f"the optimizer holds no weight of blocks {left_out}, which would train nothing"
