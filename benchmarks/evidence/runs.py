@@ -21,7 +21,6 @@ from ows_lightning.report.run import RunRecord
 
 # A server imports the libraries once, and each command is a fork of it: they take longer than a short run's training.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["benchmarks.evidence.runs", "ows_lightning.cli.lightning_cli"])
 
 
 class CommandError(RuntimeError):
@@ -116,6 +115,8 @@ def main(command: str, arguments: list[str], folder: Path, threads: int) -> None
     """
     folder.mkdir(parents=True, exist_ok=True)
     output = folder / f"{command}.txt"
+    # At the first command only, and not when this file is imported: a process has one such server, and others may want it.
+    _context.set_forkserver_preload(["benchmarks.evidence.runs", "ows_lightning.cli.lightning_cli"])
     process = _context.Process(target=_command, args=([command, *arguments], output, threads))
     process.start()
     process.join()
