@@ -24,7 +24,7 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
     [
         "ows_lightning.cli.lightning_cli", "tests.distributed.probe", "datasets", "scipy.optimize",
-        "transformers.models.llama.modeling_llama", "transformers.optimization", "tests.distributed.warm",
+        "transformers.models.llama.modeling_llama", "tests.distributed.warm",
     ]
 )  # fmt: skip
 
