@@ -22,14 +22,15 @@ def replace_atomically(partial: Path, path: Path) -> None:
         for written in (*partial.rglob("*"), partial):
             _fsync(written)
     if path.is_dir() or (partial.is_dir() and os.path.lexists(path)):
-        _remove(old)
+        remove(old)
         path.rename(old)
     partial.replace(path)
-    _remove(old)
+    remove(old)
     _fsync(path.parent)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Removes a file, a link or a folder, as far as it can be removed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

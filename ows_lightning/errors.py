@@ -67,6 +67,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def closest_name(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Returns the known name most similar to ``name``, the first of equals; None if none reaches ``cutoff`` (0 to 1)."""
+    """Returns the known name most like ``name``, the first of equals (difflib gives the last); None below ``cutoff``."""
     likeness = {other: difflib.SequenceMatcher(None, other, name).ratio() for other in sorted(known)}
     return max((other for other in likeness if likeness[other] >= cutoff), key=likeness.__getitem__, default=None)

@@ -119,7 +119,7 @@ class EvaluationModule(LightningModule):
         return [next(generated) if answer is None else answer for answer in known]
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Returns a dict a row: what the batch knows of it (``row``, ``prompt``, ...), and the ``generated`` answer."""
+        """Returns one dict per row: what the batch knows of it (``row``, ``prompt``, ...), and the ``generated`` answer."""
         numbers = {"row": batch["row"].tolist()} if "row" in batch else {}
         facts = numbers | {key: values for key, values in batch.items() if not isinstance(values, Tensor)}
         facts["generated"] = self.generate(batch)

@@ -41,7 +41,7 @@ from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.scores import architecture_of
 from ows_lightning.step import StepAccumulator, StepMetrics
 
-# Lightning warns at every start that the hook below is not in the data module; here it suits any of them.
+# Lightning warns at every start that the data module lacks `on_before_batch_transfer`; the one here suits any of them.
 warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer` in `LightningModule`")
 
 log = logging.getLogger(__name__)
@@ -373,7 +373,7 @@ class CausalLMModule(EvaluationModule):
 
     def on_train_end(self) -> None:
         """Merges what offloaded blocks learned at rest into their weights, for whatever reads them after training."""
-        self.reread_offloaded()  # averaged ones may have come
+        self.reread_offloaded()  # weight averaging may have swapped weights
         if self.offloader is not None:
             self.offloader.merge_updates()
 

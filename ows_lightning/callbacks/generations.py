@@ -76,7 +76,7 @@ class ShowGenerations(StepCallback):
 
 
 class PredictionFile(Callback):
-    """Writes each answer of a CausalLMModule as a line of ``predictions.jsonl`` into the run's folder; a file a rank."""
+    """Writes each answer of a CausalLMModule as a line of ``predictions.jsonl`` into the run's folder; one file per rank."""
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = run_folder(trainer)

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from torch import Tensor
 
-from ows_lightning.atomic_files import partial_path, replace_atomically
+from ows_lightning.atomic_files import partial_path, remove, replace_atomically
 from ows_lightning.callbacks.step_callback import StepCallback
 from ows_lightning.checkpoints.files import META_FILE
 from ows_lightning.checkpoints.io import AtomicCheckpointIO
@@ -127,8 +127,7 @@ class RunCheckpoint(StepCallback, ModelCheckpoint):
                 replace_atomically(partial, path)
                 linked = True
             except OSError:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.unlink(missing_ok=True)
+                remove(partial)
         return bool(trainer.strategy.broadcast(linked))
 
 

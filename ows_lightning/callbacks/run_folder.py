@@ -1,7 +1,6 @@
 """The run's folder: locked while the run lasts; in the end it holds the model in Hugging Face's format, and plots."""
 
 import contextlib
-import shutil
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -11,6 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from matplotlib.image import imread
 
+from ows_lightning.atomic_files import remove
 from ows_lightning.callbacks.run_checkpoint import checkpoint_callback
 from ows_lightning.errors import DISK_FULL, UsageError, add_note, not_writable
 from ows_lightning.models.export import save_huggingface
@@ -109,4 +109,4 @@ def _remove_unfinished(checkpoints: Path) -> None:
     """Removes what killed runs left of checkpoints that they were writing."""
     for path in checkpoints.glob(".*.ckpt.partial"):
         with contextlib.suppress(OSError):  # it belongs to another user
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove(path)

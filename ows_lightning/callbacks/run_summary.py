@@ -228,7 +228,7 @@ def _int8_and_exact_losses(trainer: Trainer, module: CausalLMModule) -> tuple[fl
     """The validation loss with frozen blocks in int8, and with exact weights; None without int8 or validation rows."""
     if module.offloader is None or module.hparams["frozen_dtype"] is None or not trainer.val_dataloaders:
         return None
-    module.reread_offloaded()  # averaged weights may have come
+    module.reread_offloaded()  # weight averaging may have swapped weights
     with eval_mode(module):
         quantized = _validation_loss(trainer, module)
         with module.offloader.exact_weights():

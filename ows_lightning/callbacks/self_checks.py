@@ -92,7 +92,7 @@ def measure_state_bytes(optimizer: Optimizer, module: CausalLMModule) -> StateBy
     state = [value for of_one in optimizer.state.values() for value in of_one.values()]
     held = sum(local(value).nbytes for value in state if isinstance(value, torch.Tensor))
     layers = decoder_layers(module)
-    within = {p for layer in layers for p in layer.parameters()}
+    within = set(layers.parameters())
     block = max(sum(local(p).nbytes for p in layer.parameters()) for layer in layers)
     others = sum(local(p).nbytes for p in module.parameters() if p not in within)
     return StateBytes(held, 2 * (others + min(LISA_BLOCKS, len(layers)) * block))

@@ -12,7 +12,7 @@ from ows_lightning.module import CausalLMModule
 
 
 class StopOnNaN(StepCallback):
-    """Ends a run after ``model.max_skipped_steps`` (10) skipped steps in a row, in a module of one's own those of GaLoreAdamW.
+    """Ends a run after ``model.max_skipped_steps`` (10) skipped steps in a row; of other modules, GaLoreAdamW's count.
 
     The weights are still those of the last good step then. The error names the last checkpoint; without one, it is saved here.
     """

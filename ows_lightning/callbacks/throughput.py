@@ -20,7 +20,7 @@ class Throughput(StepCallback):
     """Logs what each optimizer step of CausalLMModule costs; a resumed run's figures go on from the checkpoint's.
 
     ``tokens_per_second`` counts the time from each batch's start to its end, so neither validation nor generation, scoring,
-    saving or waiting for data; of a GPU's time, not what comes after a step's one synchronisation. ``tokens``,
+    saving or waiting for data; nor what a GPU still does after a step's one synchronisation. ``tokens``,
     ``target_tokens``, ``time_s`` and ``renewal_s`` are sums since the run began: ``time_s`` of all time, ``renewal_s`` of
     what subspaces took. ``peak_memory_mb`` is the most memory held so far, in MB: allocated on a GPU, resident of the process
     on a CPU (on macOS since its start).

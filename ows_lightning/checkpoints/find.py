@@ -46,7 +46,7 @@ def _checkpoint_folders(place: Path) -> Iterator[Path]:
 def last_good(folder: Path, other_than: Path | None = None) -> Path | None:
     """Returns the newest checkpoint in a folder that is whole; damaged ones are named in the log."""
     for pattern in ("*.ckpt", ".*.ckpt.old"):  # the latter is left by a kill during `replace_atomically`
-        there = [path for path in folder.glob(pattern) if path.exists() and path != other_than]  # not links to what is gone
+        there = [path for path in folder.glob(pattern) if path.exists() and path != other_than]  # no dangling links
         for path in sorted(there, key=lambda path: (path.stat().st_mtime_ns, path.name == "last.ckpt"), reverse=True):
             try:
                 load_verified(path)

@@ -40,7 +40,7 @@ def split_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], 
 
 def load_shards(path: Path, contents: Mapping[str, Any]) -> dict[str, Any]:
     """Reads a directory of shards, given what its ``meta.pt`` holds, as the dict that a checkpoint in one file would be."""
-    weights = {name: _empty(info) for name, info in _contents(path, "state_dict.").items()}
+    weights = {name: _empty(info) for name, info in _saved_tensors(path, "state_dict.").items()}
     read_into(weights, path)
     return {
         **contents,
@@ -58,7 +58,7 @@ def load_optimizer_states(
     """
     states, tensors = copy.deepcopy(states), dict[str, Tensor]()
     for number, optimizer in enumerate(states):
-        for name, info in _contents(path, f"optimizer_{number}.").items():
+        for name, info in _saved_tensors(path, f"optimizer_{number}.").items():
             _, parameter, key = name.split(".", 2)
             tensors[name] = _empty(info, None if weights is None else weights[number][int(parameter)])
             optimizer["state"].setdefault(int(parameter), {})[key] = tensors[name]
@@ -79,7 +79,7 @@ def load_weights(module: nn.Module, path: Path, strict: bool = True) -> None:
     prefix = "state_dict."
     weights = {prefix + name: weight for name, weight in module.state_dict().items()}
     if path.is_dir():
-        shapes = {name: info.size for name, info in _contents(path, prefix).items()}
+        shapes = {name: info.size for name, info in _saved_tensors(path, prefix).items()}
     else:
         checkpoint = load_file(path)
         shapes = {prefix + name: weight.shape for name, weight in checkpoint["state_dict"].items()}
@@ -105,7 +105,7 @@ def read_into(tensors: dict[str, Tensor], path: Path) -> None:
         raise ValueError(first_line(root_cause(error))) from error
 
 
-def _contents(path: Path, prefix: str) -> dict[str, TensorStorageMetadata]:
+def _saved_tensors(path: Path, prefix: str) -> dict[str, TensorStorageMetadata]:
     """The saved tensors whose names begin with a prefix; anything else is never read, for torch would unpickle it."""
     contents = ShardReader(path).read_metadata().state_dict_metadata.items()
     return {k: info for k, info in contents if k.startswith(prefix) and isinstance(info, TensorStorageMetadata)}

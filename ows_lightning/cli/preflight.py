@@ -132,7 +132,7 @@ def check_run(command: str, model: LightningModule, data: object, trainer_args: 
         if sampling is not None:
             _check_sampling(sampling, config, model)
             name, scores = model.hparams["model_name_or_path"], sampling.scores
-            if scores is not None and Path(scored := BlockScores.load(Path(scores)).model).name != Path(name).name:
+            if scores is not None and Path(scored := BlockScores.load(scores).model).name != Path(name).name:
                 log.warning("sampling.scores: '%s' holds the scores of '%s', and the model is '%s'", scores, scored, name)
     reads_rows = command in ("score", *_RUN_COMMANDS) and getattr(rank_zero_only, "rank", 0) == 0
     if reads_rows and isinstance(data, InstructionDataModule):
@@ -181,7 +181,7 @@ def _check_sampling(sampling: LayerwiseSampling, config: Any, model: CausalLMMod
     blocks = decoder_layers(meta_model(config, trust_remote_code=model.hparams["trust_remote_code"]))
     sampling.check(len(blocks), architecture_of(config))
     if model.hparams["lora"] is None:  # else adapters may rest
-        sampling.check_rest(blocks)
+        sampling.check_resting_rank(blocks)
 
 
 def check_devices(trainer: Trainer) -> None:

@@ -41,7 +41,7 @@ _BOUNDS = {
     "batch_size": (1, 8192), "eval_batch_size": (1, 8192), "max_seq_length": (2, 1 << 20),
     "exact_match_rows": (0, 1_000_000), "num_workers": (0, 512), "seed": (0, 2**32 - 1),
 }  # fmt: skip
-_WEIGHTS = (1e-6, 1e6)  # of the sources of a mixture
+_WEIGHT_RANGE = (1e-6, 1e6)  # of the sources of a mixture
 
 
 class InstructionDataModule(LightningDataModule):
@@ -385,8 +385,8 @@ def check_data_settings(settings: Mapping[str, Any]) -> None:
         raise UsageError("data.dataset names no source; give a file, a directory, a glob or a data set on the hub")
     if isinstance(sources, Mapping):
         for source, weight in sources.items():
-            if not _WEIGHTS[0] <= weight <= _WEIGHTS[1]:
-                allowed = "from {:g} to {:g}".format(*_WEIGHTS)
+            if not _WEIGHT_RANGE[0] <= weight <= _WEIGHT_RANGE[1]:
+                allowed = "from {:g} to {:g}".format(*_WEIGHT_RANGE)
                 raise UsageError(f"data.dataset: the weight of '{source}' must be {allowed}, got {weight!r}")
     if unknown := sorted(set(settings["columns"]) - set(formats.COLUMNS)):
         raise UsageError(f"data.columns: '{unknown[0]}' is no column of a format; those are {', '.join(formats.COLUMNS)}")

@@ -16,7 +16,7 @@ Example = dict[str, Any]
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 _ROLES |= {"function_call": "assistant", "observation": "tool", "function_response": "tool", "developer": "system"}
 _ROLES |= {role: role for role in ("system", "user", "assistant", "tool", "function")}
-_WEIGHTS = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
+_WEIGHT_VALUES = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
 
 
 def to_example(row: Row, data_format: str, row_name: str, requires_answer: bool = True) -> Example:
@@ -190,7 +190,7 @@ def _message(turn: Any, row_name: str) -> Message:
     if "reasoning_content" in message and not isinstance(message["reasoning_content"], str):
         raise UsageError(f"{row_name}: 'reasoning_content' must be text, got {_type_text(message['reasoning_content'])}")
     if "weight" in message:
-        if (weight := _WEIGHTS.get(str(message["weight"]).lower())) is None:
+        if (weight := _WEIGHT_VALUES.get(str(message["weight"]).lower())) is None:
             raise UsageError(f"{row_name}: 'weight' must be 0 (not trained) or 1, got {message['weight']!r}")
         message["weight"] = weight
     if "tool_calls" in message:

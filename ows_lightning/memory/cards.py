@@ -60,7 +60,7 @@ def find_card(name: str, key: str = "card") -> Card:
 
 
 def _name_and_memory(name: str, left_out: set[str] = _MAKERS) -> tuple[str, int | None]:
-    """A name in small letters, joined, without some words; and the memory that it says, in GB."""
+    """A name in lower case, joined, without some words; and the memory that it says, in GB."""
     text = name.lower().replace("rtx", "rtx ")
     memory = re.search(r"(?<![^\W_])(\d+)\s*gi?b?\b", text)
     rest = text if memory is None else text[: memory.start()] + text[memory.end() :]

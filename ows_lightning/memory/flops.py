@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -190,7 +189,7 @@ def _probabilities(settings: PlanSettings) -> tuple[Tensor, str]:
     distribution, count = settings.method.distribution or settings.sampler.distribution, settings.num_blocks
     scores = settings.sampler.scores if distribution != "gradient_norm" else None  # which only a run knows
     if settings.method.distribution is None and scores is not None:
-        ratios = BlockScores.load(Path(scores)).scores_for(count, architecture_of(settings.model_config), distribution)
+        ratios = BlockScores.load(scores).scores_for(count, architecture_of(settings.model_config), distribution)
         return sampling_probabilities(ratios, distribution), f"{distribution}, from {scores}"
     if score_name(distribution) is not None:  # which only a run or a file of scores knows
         return sampling_probabilities([1.0] * count, "uniform"), f"uniform, for want of sampling.scores ({distribution})"

@@ -70,7 +70,7 @@ def _read(name: str, directory: Path, trust_remote_code: bool) -> PretrainedConf
     return config
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlanSettings:
     """What memory depends on."""
 
@@ -78,24 +78,24 @@ class PlanSettings:
     model_config: PretrainedConfig = field(compare=False)
     method: TrainingMethod
     sampler: BlockSampler = field(compare=False)  # with the callback's settings
-    dimensions: str = ""  # where `model_config` was found, in words
+    dimensions: str  # where `model_config` was found, in words
     batch_size: int = 16  # rows of a micro-batch, on each device
     max_seq_length: int = 512  # tokens in a row; all of them are targets, and all rows are full
-    accumulate_grad_batches: int = 1  # micro-batches in a step
+    accumulate_grad_batches: int  # micro-batches in a step
     gradient_checkpointing: GradientCheckpointing = False  # `auto` stands for all
-    precision: str = "32-true"  # Lightning's
+    precision: str  # Lightning's
     # `eager`, or None for transformers' own choice, which stands for every fused attention: torch's fused one on a CPU keeps
     # what the GPU's kernels keep, the output and a number a row.
-    attention: str | None = None
-    strategy: str | None = None  # `fsdp2`, anything with `ddp` in it, or None for one device
-    devices: int = 1  # over all nodes
-    on_gpu: bool = True  # sizes are rounded as its allocator does, and the host has a memory of its own
+    attention: str | None
+    strategy: str | None  # `fsdp2`, anything with `ddp` in it, or None for one device
+    devices: int  # over all nodes
+    on_gpu: bool  # sizes are rounded as its allocator does, and the host has a memory of its own
     trust_remote_code: bool = False
     frozen_in: str = "device"
     frozen_dtype: str | None = None
     window_blocks: int = 2
     update_proj_gap: int = 200
-    max_steps: int | None = None  # None where it is not said
+    max_steps: int | None  # None where it is not said
     _cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # shared with what `replace` makes
 
     def cached(self, key: Any, make: Callable[[], T]) -> T:

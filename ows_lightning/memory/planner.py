@@ -22,7 +22,7 @@ from ows_lightning.report.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILL
 MEMORY_SIZES = (4, 8, 12, 16, 24, 40, 48, 80)
 """Sizes of GPUs in GB of 10^9 bytes."""
 # Neighbours in a bar differ in lightness, too.
-COLOURS = dict(zip(CATEGORIES, (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION, "0.6"), strict=True))
+CATEGORY_COLOURS = dict(zip(CATEGORIES, (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION, "0.6"), strict=True))
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ def plot_plan(plan: Plan, ax: Axes | None = None) -> tuple[Figure, Axes]:
     below = [0.0] * len(names)
     for category in CATEGORIES:
         sizes = [method.bytes[category] / 1e9 for method in plan.methods.values()]
-        ax.bar(names, sizes, bottom=below, color=COLOURS[category], label=category.replace("_", " "), width=0.7)
+        ax.bar(names, sizes, bottom=below, color=CATEGORY_COLOURS[category], label=category.replace("_", " "), width=0.7)
         below = [low + size for low, size in zip(below, sizes, strict=True)]
     for name, top in zip(names, below, strict=True):
         ax.annotate(f"{top:.1f}", (name, top), xytext=(0, 2), textcoords="offset points", ha="center", fontsize="small")
@@ -266,7 +266,7 @@ def plot_plan(plan: Plan, ax: Axes | None = None) -> tuple[Figure, Axes]:
         ax.axhline(card, color="0.35", linestyle=":", linewidth=1, zorder=0)
         place = ax.get_yaxis_transform()  # x in shares of the axes, y in GB
         ax.text(1.01, card, f"{card} GB", transform=place, va="center", fontsize="small", color="0.35")
-    style_axes(ax, plan.title, "", "peak memory (GB)", grid=False)
+    style_axes(ax, "", "", "peak memory (GB)", grid=False)
     ax.set_title(plan.title, loc="left", fontsize="medium", fontweight="bold", pad=34)
     above: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": len(CATEGORIES), "frameon": False}
     ax.legend(fontsize="small", columnspacing=1, handlelength=1, borderaxespad=0.2, **above)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ows_lightning.compat import in_backward
+from ows_lightning.compat import in_backward, own_parameters
 from ows_lightning.memory.tracker import HOST, MemoryTracker
 from ows_lightning.models.decoder import NON_BLOCK_PARTS, backbone, decoder_layers, language_model_of
 from ows_lightning.models.execution import count_checkpointed
@@ -198,7 +198,7 @@ class _Simulation:
         if self.method.factored:
             # A hook would call for the gradients that linear layers do without in this step.
             linear = [module for module in decoder_layers(self.model).modules() if isinstance(module, nn.Linear)]
-            factors = {p for module in linear for name, p in module.named_parameters(recurse=False) if name == "weight"}
+            factors = {own_parameters(module).get("weight") for module in linear}
             whole = renews or self.method.renews_while_active
             parameters = [p for p in parameters if p not in factors or (whole and not self._rests(p))]
         hooks = [p.register_hook(lambda gradient: tracker.label("gradients", [gradient])) for p in parameters]

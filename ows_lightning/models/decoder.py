@@ -41,7 +41,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """Returns the decoder blocks of the causal LM in `model`, first block first.
 
     The blocks are the outermost `nn.ModuleList` that holds the most parameters; in a vision-language model only the language
-    part is searched; no model is known by its name. The list is the model's own: who shortens it shortens the model.
+    part is searched; no model is known by its name. The list is the model's own: shortening it shortens the model.
 
     Args:
         model: A causal LM, or any module that contains one (LightningModule, peft model, vision-language model).

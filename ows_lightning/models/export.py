@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub.constants import SAFETENSORS_INDEX_FILE, SAFETENSORS_SINGLE_FILE
 from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -27,7 +28,6 @@ from ows_lightning.models.safetensors_file import SafetensorsFile
 log = logging.getLogger(__name__)
 
 SHARD_BYTES = 2 * 10**9
-_WEIGHTS = "model.safetensors"
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def _save_all_but_weights(model: PreTrainedModel, weights: list[PlainWeight], di
                 shutil.copy(str(cached_file(str(model.name_or_path), name)), directory)
     model.generation_config = _valid_generation_config(model.generation_config)
     model.save_pretrained(directory, state_dict={})
-    (directory / _WEIGHTS).unlink(missing_ok=True)
+    (directory / SAFETENSORS_SINGLE_FILE).unlink(missing_ok=True)
     if model.all_tied_weights_keys.keys() & {weight.name for weight in weights}:
         # Trained apart, e.g. an adapter on the embeddings alone.
         path = directory / "config.json"
@@ -121,4 +121,4 @@ def _save_weights(model: PreTrainedModel, weights: list[PlainWeight], directory:
             release_mapped_pages()
     if writes and split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (directory / f"{_WEIGHTS}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (directory / SAFETENSORS_INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -24,7 +24,7 @@ def all_finite(tensor: Tensor) -> bool:
 
 def map_file(file: BinaryIO, writable: bool, start: int = 0, length: int = 0) -> mmap.mmap:
     """Maps ``length`` bytes (0: all) of a file from ``start``, a page's first; if ``writable``, it keeps what is written."""
-    access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_COPY  # as torch does not map what it can't write
+    access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_COPY  # torch warns about memory that it can't write
     memory = mmap.mmap(file.fileno(), length, access=access, offset=start)
     _maps.add(memory)
     return memory

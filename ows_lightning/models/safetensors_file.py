@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.utils.hub import cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from ows_lightning.models.source import locate_model
 
@@ -68,8 +68,8 @@ def stored_weights(name: str) -> dict[str, StoredWeight]:
     if (source := locate_model(name)).gguf_file is not None:
         return {}
     options: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
-    paths = [cached_file(source.path, "model.safetensors", **options)]  # for transformers, it counts before an index
-    if paths == [None] and (index := cached_file(source.path, "model.safetensors.index.json", **options)):
+    paths = [cached_file(source.path, SAFE_WEIGHTS_NAME, **options)]  # for transformers, it counts before an index
+    if paths == [None] and (index := cached_file(source.path, SAFE_WEIGHTS_INDEX_NAME, **options)):
         files = set(json.loads(Path(index).read_text())["weight_map"].values())
         paths = [cached_file(source.path, file, **options) for file in sorted(files)]
     return {key: weight for path in paths if path for key, weight in _weights_in(Path(path)).items()}

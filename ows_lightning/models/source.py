@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ows_lightning.errors import UsageError, command_line, typed_path
 
@@ -90,8 +91,8 @@ def _locate_in_package(name: str) -> ModelSource:
 def _check_directory(name: str, directory: Path) -> None:
     files = {path.name for path in directory.iterdir()}
     _check_files(name, files)
-    index = directory / "model.safetensors.index.json"
-    if "model.safetensors" not in files and index.is_file():
+    index = directory / SAFE_WEIGHTS_INDEX_NAME
+    if SAFE_WEIGHTS_NAME not in files and index.is_file():
         try:
             shards = set(json.loads(index.read_text())["weight_map"].values())
         except (ValueError, KeyError, AttributeError) as error:

@@ -9,7 +9,7 @@ from ows_lightning.offload.offloaded import OffloadedWeights, total_nbytes, view
 
 
 def quantize(weights: Sequence[Tensor]) -> list[Tensor]:
-    """Returns weights in int8 with a float32 scale a row: two tensors for each that has rows, and the others as they are.
+    """Returns weights in int8 with a float32 scale per row: two tensors for each that has rows, and the others as they are.
 
     A row (an output) lies along the last dimension. Its largest weight becomes 127: errors are up to half a scale.
     """

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class _Hook:
-    """What torch calls when a parameter's gradient has added up; it does not keep its owner alive."""
+    """What torch calls when a parameter's gradient has been accumulated; it does not keep its owner alive."""
 
     def __init__(self, p: Tensor, owner: GradientCapture) -> None:
         self.owner = weakref.ref(owner)
@@ -27,7 +27,7 @@ class _Hook:
 
 
 def hook_gradient(p: Tensor, owner: GradientCapture) -> None:
-    """Calls ``owner.project_gradient(p)`` within backward, as soon as the gradient of p adds up, while the owner lives."""
+    """Calls ``owner.project_gradient(p)`` within backward, once the gradient of p is accumulated, while the owner lives."""
     trains = p.requires_grad
     p.requires_grad_(True)  # torch accepts no hook on a frozen weight, but keeps one if it is frozen later
     _Hook(p, owner)

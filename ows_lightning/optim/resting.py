@@ -15,7 +15,7 @@ from ows_lightning.optim.subspace import derived_seed, random_subspace
 
 
 class RestingWeights(Optimizer):
-    """An optimizer some of whose weights may rest: in which subspaces, and where what they learn is; a subclass steps them."""
+    """An optimizer whose weights may train at rest: keeps their subspaces and what they learn; a subclass takes the steps."""
 
     _discard_gradients: Callable[[Tensor], None]  # of the subclass: drops what a weight has for the coming step
 

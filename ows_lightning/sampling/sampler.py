@@ -150,7 +150,7 @@ class BlockSampler:
         self.check(len(decoder_layers(model)), architecture_of(getattr(language_model_of(model), "config", None)))
         self._blocks = activation.trainable_by_block(model)
         self._others = activation.non_block_trains(model, self.always_train)
-        if warning := self.check_rest(self._blocks):
+        if warning := self.check_resting_rank(self._blocks):
             log.warning("%s, which stay frozen at rest", warning)
         untrainable = [index for index, block in enumerate(self._blocks) if not len(block)]
         if len(untrainable) == len(self._blocks):
@@ -258,7 +258,7 @@ class BlockSampler:
 
     def activate(self, optimizers: Sequence[Optimizer]) -> None:
         """Lets the active blocks train, and freezes the others or lets them rest."""
-        self._frozen.clear()
+        self._frozen.clear()  # in place: the model and peft's layers hold this very set
         others, rest = self._others.items(), (self.resting_rank, derived_seed(self.seed, self.history[-1][0]))
         self._frozen |= activation.activate_blocks(self._blocks, self.active_blocks, others, optimizers, *rest)
 
@@ -303,12 +303,12 @@ class BlockSampler:
         """
         ratios: Sequence[float] = [1.0] * num_layers
         if self.scores is not None and self.distribution != "gradient_norm":
-            ratios = BlockScores.load(Path(self.scores)).scores_for(num_layers, architecture, self.distribution)
+            ratios = BlockScores.load(self.scores).scores_for(num_layers, architecture, self.distribution)
         # A window also takes in blocks whose own probability is zero.
         distribution = "uniform" if self.distribution == "window" else self.distribution
         draw_blocks(sampling_probabilities(ratios, distribution), self.activated_layers, torch.Generator())  # may raise
 
-    def check_rest(self, blocks: Iterable[nn.Module]) -> str | None:
+    def check_resting_rank(self, blocks: Iterable[nn.Module]) -> str | None:
         """Returns a warning if `resting_rank` is too high for some matrices of the blocks; a UsageError if it is for all."""
         matrices = activation.block_matrices(blocks)
         small = [p for p in matrices if p.size(-1) <= self.resting_rank]
@@ -366,7 +366,7 @@ class BlockSampler:
         if self.distribution == "gradient_norm":
             ratios = self.gradient_norms or ratios  # which are equal before there are any
         elif self.scores is not None and self.outlier_scores is None:  # `rescore_every` measures
-            known = BlockScores.load(Path(self.scores))
+            known = BlockScores.load(self.scores)
             ratios = known.scores_for(num_layers, architecture, self.distribution)
             threshold, samples = known.threshold, known.calibration_samples
             if threshold != self.threshold and score_name(self.distribution) == OUTLIER_RATIO:

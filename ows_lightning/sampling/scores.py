@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from ows_lightning.errors import UsageError, command_line
+from ows_lightning.errors import StrPath, UsageError, command_line
 from ows_lightning.sampling.distributions import score_name, stored_score_name
 
 
@@ -39,10 +39,10 @@ class BlockScores:
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
-    def load(cls, path: Path) -> "BlockScores":
+    def load(cls, path: StrPath) -> "BlockScores":
         """Reads the scores from a JSON file; a UsageError if it is missing or holds none."""
         try:
-            scores = cls(**json.loads(path.read_text()))
+            scores = cls(**json.loads(Path(path).read_text()))
             return replace(scores, outlier_ratios=[float(ratio) for ratio in scores.outlier_ratios])
         except (OSError, ValueError, TypeError) as error:
             why = f"can't be read ({error.strerror})" if isinstance(error, OSError) else "holds no outlier scores"
@@ -65,7 +65,7 @@ class BlockScores:
         return self.outlier_ratios
 
     def table(self) -> str:
-        """Returns the scores as lines of text, a block a line."""
+        """Returns the scores as lines of text, one block per line."""
         score = stored_score_name(self.distribution)
         rows = enumerate(zip(self.outlier_ratios, self.probabilities, strict=True))
         lines = [f"{block:>5}   {ratio:>{len(score)}.4f}   {probability:>11.4f}" for block, (ratio, probability) in rows]
