@@ -102,8 +102,7 @@ def known_mask_checks(padded: bool, packed: bool) -> Iterator[None]:
     """Answers transformers' checks of mask values, which wait for a GPU, in this thread. When they are gone: leave it out."""
 
     def documents(position_ids: Tensor) -> Tensor | None:
-        starts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1
-        return starts.cumsum(-1) if packed else None
+        return (torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1) if packed else None
 
     _patch_mask_checks()
     vars(_answers).update(fast_all=lambda mask: not padded, find_packed_sequence_indices=documents)

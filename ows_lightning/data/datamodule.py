@@ -192,8 +192,7 @@ class InstructionDataModule(LightningDataModule):
     def test_dataloader(self) -> list[DataLoader]:
         """Test rows in their order, `exact_match_rows` of them as prompts, and each choice of those that have choices."""
         loaders = self._eval_dataloaders("test")
-        examples = self._splits.examples("test") if loaders else ()
-        if len(choices := ChoiceRows(examples, self._encoder())):
+        if len(choices := ChoiceRows(self._splits.examples("test") if loaders else (), self._encoder())):
             loaders.append(self._ordered_dataloader(choices, collate_choices, choices.max_choices))
         return loaders
 

@@ -120,7 +120,7 @@ def table_row(
 ) -> tuple[str, Row]:
     """Returns a row's format, recognised if none is given, and its columns as in `example_features`; errors name the row."""
     renamed = formats.rename(row, columns, row_name, source.requires_answer)
-    data_format = data_format or formats.recognise(renamed, row_name, source.requires_answer)
+    data_format = data_format or formats.recognise(renamed, row_name, source.requires_answer, columns)
     try:
         content = formats.to_example(renamed, data_format, row_name, source.requires_answer)
         example = json.dumps(content, ensure_ascii=False, default=str)

@@ -1,7 +1,7 @@
 """The formats of instruction data, recognised from their columns and turned into one: a conversation or plain text."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ Example = dict[str, Any]
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 _ROLES |= {"function_call": "assistant", "observation": "tool", "function_response": "tool", "developer": "system"}
 _ROLES |= {role: role for role in ("system", "user", "assistant", "tool", "function")}
+_MESSAGES_AS_TEXT = ('[{"role"', '[{"from"', '[{"content"')  # of a CSV file
 _WEIGHT_VALUES = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
 
 
@@ -42,12 +43,12 @@ def to_example(row: Row, data_format: str, row_name: str, requires_answer: bool 
     return example | {name: row[name] for name in ("answer", "choices") if row.get(name) is not None}
 
 
-def recognise(columns: Iterable[str], row_name: str, requires_answer: bool = True) -> str:
-    """The format of rows with these columns (the answer's only with `requires_answer`); an error names the nearest name."""
+def recognise(columns: Iterable[str], row_name: str, requires_answer: bool = True, mapped: Collection[str] = ()) -> str:
+    """The format of columns (the answer's only with `requires_answer`), `mapped` ones first; an error names the nearest."""
     columns = list(columns)
     fitting = [name for required in (True, requires_answer) for name in FORMATS if not _first_missing(name, columns, required)]
     if fitting:
-        return fitting[0]
+        return max(fitting, key=lambda name: sum(c in mapped for group in FORMATS[name][0] for c in group if c != "answer"))
     names = [{column for group in needed for column in group} for needed, _ in FORMATS.values()]
     begun = [of_format for of_format in names if not of_format.isdisjoint(columns)]
     wanted = set().union(*(begun or names)) - set(columns)
@@ -110,11 +111,11 @@ def _from_alpaca(row: Row, row_name: str) -> Example:
 
 
 def _from_prompt_completion(row: Row, row_name: str) -> Example:
-    if not isinstance(row["prompt"], list):
+    if not isinstance(row["prompt"], list) and not str(row["prompt"]).startswith(_MESSAGES_AS_TEXT):
         return _one_turn(row, _text(row, "prompt", row_name), "completion", row_name)
     prompt = _from_messages(row, row_name, column="prompt")["messages"]
     completion = row.get("completion")
-    if isinstance(completion, str) or completion is None:
+    if completion is None or (isinstance(completion, str) and not completion.startswith(_MESSAGES_AS_TEXT)):
         return {"messages": untrained(prompt) + _answer(row, "completion", row_name)}
     answer = _from_messages({"completion": completion}, row_name, column="completion")  # a system message is the prompt's
     return {"messages": untrained(prompt) + answer["messages"]}
@@ -130,9 +131,9 @@ FORMATS: dict[str, tuple[tuple[tuple[str, ...], ...], Callable[[Row, str], Examp
     "prompt_completion": ((("prompt",), ("completion", "answer")), _from_prompt_completion),
     "text": ((("text",),), lambda row, row_name: {"text": _text(row, "text", row_name)}),
 }
-_NEEDED = {column for needed, _ in FORMATS.values() for group in needed for column in group}
+NEEDED_COLUMNS = {column for needed, _ in FORMATS.values() for group in needed for column in group}
 #: Every column that a format reads: what `data.columns` may rename to.
-COLUMNS = sorted(_NEEDED | {"input", "system", "tools", "choices"})
+COLUMNS = sorted(NEEDED_COLUMNS | {"input", "system", "tools", "choices"})
 
 
 def _one_turn(row: Row, question: str, answer_column: str, row_name: str) -> Example:
@@ -146,8 +147,10 @@ def _answer(row: Row, column: str, row_name: str) -> list[Message]:
     answer, choices = row.get("answer"), row.get("choices")
     if isinstance(choices, list) and (index := index_of_choice(answer, choices)) is not None:
         answer = choices[index]
-    elif isinstance(choices, list) and (isinstance(answer, (int, float)) or str(answer).isdigit()):  # also a truth value
+    elif isinstance(choices, list) and (isinstance(answer, (int, float)) or str(answer).isdigit() or len(str(answer)) == 1):
         raise UsageError(f"{row_name}: the answer {str(answer).lower()} is none of the choices; give one, or its index from 0")
+    if isinstance(choices, dict):
+        raise UsageError(f"{row_name}: 'choices' must be a list of texts, got an object")
     if isinstance(answer, (list, dict)):
         raise UsageError(f"{row_name}: 'answer' must be text, got {_type_text(answer)}")
     return [{"role": "assistant", "content": "" if answer is None else str(answer)}]

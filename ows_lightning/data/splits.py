@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from ows_lightning.data.encoding import Encoder
 from ows_lightning.data.examples import column, example_features, read_examples, stream_examples, tokenise, warn_of_dropped
+from ows_lightning.data.formats import NEEDED_COLUMNS
 from ows_lightning.data.multiple_choice import choices_of
 from ows_lightning.data.packing import pack
 from ows_lightning.data.rows import Rows
@@ -52,24 +53,25 @@ class Splits:
         keys = {"dataset", "eval_dataset", "test_dataset"} if "train" in parts else {self.key_of(part) for part in parts}
         for key in sorted(key for key in keys if key and getattr(self, key)):
             self.all_examples(key)
-        if "train" in parts:
-            self._check_columns()
+        if self.columns:
+            self._check_columns("train" in parts)
         if "dataset" in keys:
             self._train_and_validation()
         if choices and self.key_of("test"):
             for entry in self.examples("test"):
                 choices_of(json.loads(entry["example"]), entry["where"])
 
-    def _check_columns(self) -> None:
-        """Refuses a name in `columns` that no row has; of a stream the first rows are checked."""
-        if not self.columns:
-            return
+    def _check_columns(self, trains: bool) -> None:
+        """Refuses a name in `columns` that no row has (of a stream no first row); in evaluation warns of an optional one."""
         there = {name for table in self._examples.values() for names in table["renamed"] for name in names}
-        if self.streaming:
+        if self.streaming and trains:
             there |= {name for entry in self._stream().take(BUFFER_SIZE) for name in entry["renamed"]}
         for name, own in self.columns.items():
-            if own not in there:
-                raise UsageError(f"data.columns.{name}: no row has a column '{own}'; correct the name, or leave it out")
+            fault = f"data.columns.{name}: no row has a column '{own}'; correct the name, or leave it out"
+            if own not in there and trains:
+                raise UsageError(fault)
+            if own not in there and name not in NEEDED_COLUMNS:
+                rank_zero_warn(fault)
 
     def key_of(self, part: str) -> str | None:
         """The setting that a part's rows come from; None where there are none, or a stream of them."""

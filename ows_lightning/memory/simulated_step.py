@@ -153,8 +153,7 @@ class _Simulation:
         tracker.category = "activations"
         device = torch.device("cuda" if work.on_gpu else "cpu")
         # Lightning keeps no low-precision copies of weights between operators; torch's default is to keep them.
-        mixed = torch.autocast("cpu", work.autocast, cache_enabled=not method.ours) if work.autocast else nullcontext()
-        with mixed:
+        with torch.autocast("cpu", work.autocast, cache_enabled=not method.ours) if work.autocast else nullcontext():
             loss = next_token_loss(language_model, batch, device)[0] if method.ours else model(**batch, use_cache=False).loss
         loss.backward()
         del loss, batch

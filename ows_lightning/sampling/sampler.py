@@ -398,8 +398,7 @@ class BlockSampler:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over the state of the run that is resumed; `start` applies it, and refuses that of other settings."""
         self._loaded_settings = state_dict.get("settings") or sampling_settings(self)  # older states have none to compare
-        scores = state_dict.get("scores")
-        self.outlier_scores = None if scores is None else BlockScores(**scores)
+        self.outlier_scores = None if (scores := state_dict.get("scores")) is None else BlockScores(**scores)
         saved = state_dict["probabilities"]
         self.probabilities = None if saved is None else torch.as_tensor(saved, dtype=torch.float64, device="cpu")
         self.history = [(interval, step, list(blocks)) for interval, step, blocks in state_dict["history"]]

@@ -231,6 +231,18 @@ def test_sources_may_have_columns_of_different_names(jsonl: Write) -> None:
     assert sorted(epoch(data)) == ["of a chat|", "of a file|"]
 
 
+def test_named_columns_are_read_from_rows_that_have_messages_too(jsonl: Write) -> None:
+    rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "chat"}], "q": "x", "r": "own"}]
+    assert epoch(ready(jsonl(rows), columns={"instruction": "q", "output": "r"})) == ["own|"]
+
+
+def test_an_evaluation_warns_of_an_optional_column_that_no_row_has(jsonl: Write) -> None:
+    data = make("nowhere.jsonl", test_dataset=jsonl(pairs(3)), columns={"input": "contxt", "output": "reply"})
+    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    with pytest.warns(UserWarning, match="data.columns.input: no row has a column 'contxt'; correct the name"):
+        trainer.predict(Predictor(), datamodule=data)
+
+
 def test_exact_match_rows_come_as_a_second_loader(jsonl: Write) -> None:
     module = fit(make(jsonl(pairs(6)), val_size=3, exact_match_rows=2, tokenizer=None), max_epochs=1)
     assert ["labels" in batch for batch in module.validated] == [True, True, False]

@@ -25,6 +25,10 @@ def example(row: dict[str, Any]) -> dict[str, Any]:
         ({"instruction": "q", "output": "a", "system": "s"}, [{"role": "system", "content": "s"}, QUESTION, ANSWER]),
         ({"prompt": "q", "completion": "a"}, [QUESTION, ANSWER]),
         ({"prompt": [QUESTION], "completion": [ANSWER]}, [QUESTION, ANSWER]),
+        (  # of a CSV file
+            {"prompt": '[{"role": "user", "content": "q"}]', "completion": '[{"role": "assistant", "content": "a"}]'},
+            [QUESTION, ANSWER],
+        ),
         ({"prompt": [QUESTION, ANSWER, QUESTION], "completion": "a"}, [QUESTION, {**ANSWER, "weight": 0}, QUESTION, ANSWER]),
         ({"messages": [QUESTION, ANSWER]}, [QUESTION, ANSWER]),
         ({"messages": '[{"role": "user", "content": "q"}]'}, [QUESTION]),
@@ -218,7 +222,21 @@ def test_a_renamed_column_that_a_row_may_lack() -> None:
     assert rename({"question": "q"}, columns, "row 1", requires_answer=False) == {"instruction": "q"}  # of a test set
 
 
-@pytest.mark.parametrize("answer", [True, 2, -1, 1.0, "1"])  # an index from 1, one that pandas made a float, one as text
+def test_the_format_whose_columns_the_user_named_comes_before_others_that_fit() -> None:
+    columns = {"instruction": "question", "output": "reply"}
+    row = rename({"messages": [QUESTION, ANSWER], "question": "x", "reply": "y"}, columns, "row 1")
+    assert recognise(row, "row 1", mapped=columns) == "alpaca"
+    assert recognise(row, "row 1") == recognise(row, "row 1", mapped={"answer": "reply"}) == "messages"
+
+
+def test_choices_of_another_form_are_refused() -> None:
+    row = {"instruction": "q", "choices": {"text": ["yes", "no"], "label": ["A", "B"]}, "answer": "B"}
+    with pytest.raises(UsageError, match="row 1: 'choices' must be a list of texts, got an object"):
+        example(row)
+
+
+# An index from 1, one that pandas made a float, one as text, a letter of none, and a small one.
+@pytest.mark.parametrize("answer", [True, 2, -1, 1.0, "1", "E", "b"])
 def test_a_number_or_truth_that_is_none_of_the_choices_is_refused(answer: object) -> None:
     with pytest.raises(UsageError, match=f"row 1: the answer {str(answer).lower()} is none of the choices"):
         example({"prompt": "q", "choices": ["yes", "no"], "answer": answer})
