@@ -6,6 +6,7 @@ import functools
 import gc
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -32,19 +33,26 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 
 @functools.cache
-def starts_processes(path: Path) -> bool:
-    """Whether tests of this file start runs in processes of their own."""
-    return "tests.distributed.launch" in path.read_text(encoding="utf-8")
+def launching_names(path: Path) -> frozenset[str]:
+    """The names by which tests of this file start runs in processes of their own."""
+    imported = re.search(r"from tests.distributed.launch import (.*)", path.read_text(encoding="utf-8"))
+    return frozenset(imported[1].split(", ") if imported else ())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the longest tests first: no worker is left alone with one at the end.
 
-    Next come files whose tests start processes. Side by side, most of these tests go to one worker, and the others need no
-    server of `launch`, which imports everything once more.
+    Next come tests that start processes, then others of their files. Side by side, most of them go to one worker, and the
+    others need no server of `launch`, which imports everything once more.
     """
     longest = ("test_docs.py", "test_examples.py", "test_fuzz.py", "test_peer_watchdog.py")
-    items.sort(key=lambda item: (item.path.name not in longest, not starts_processes(item.path)))
+
+    def place(item: pytest.Item) -> tuple[bool, bool, bool]:
+        launching = launching_names(item.path)
+        starts_processes = not launching.isdisjoint(item.function.__code__.co_names)  # type: ignore[attr-defined]
+        return item.path.name not in longest, not starts_processes, not launching
+
+    items.sort(key=place)
 
 
 def pytest_collection_finish() -> None:
