@@ -36,7 +36,7 @@ OTHER_COMMANDS = {
 
 _IGNORED_WARNINGS = (
     "does not have many workers",  # rows are tokenised beforehand, so workers have nothing to do
-    r"isinstance\(treespec, LeafSpec\)|skip_none parameter was deprecated|is_gradient_checkpointing",  # by libraries
+    r"isinstance\(treespec, LeafSpec\)|skip_none parameter was deprecated|is_gradient_checkpointing",  # deprecated calls
     "Total length of `list` across ranks is zero",  # data.val_size: 0
     "GPU available but not used",
     "The dirpath has changed from",  # the folder of a resumed run, or of an evaluation, is a new one

@@ -66,11 +66,11 @@ class Splits:
         there = {name for table in self._examples.values() for names in table["renamed"] for name in names}
         if self.streaming and trains:
             there |= {name for entry in self._stream().take(BUFFER_SIZE) for name in entry["renamed"]}
-        for name, own in self.columns.items():
-            fault = f"data.columns.{name}: no row has a column '{own}'; correct the name, or leave it out"
-            if own not in there and trains:
+        for name in [name for name, own in self.columns.items() if own not in there]:
+            fault = f"data.columns.{name}: no row has a column '{self.columns[name]}'; correct the name, or leave it out"
+            if trains:
                 raise UsageError(fault)
-            if own not in there and name not in NEEDED_COLUMNS:
+            if name not in NEEDED_COLUMNS:
                 rank_zero_warn(fault)
 
     def key_of(self, part: str) -> str | None:
