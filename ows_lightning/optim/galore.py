@@ -152,7 +152,7 @@ class GaLoreAdamW(GradientCapture):
                 dtype = p.dtype if key == "projector" else value.dtype  # it may come from a run in another precision
                 value = value.to(p.device, dtype, copy=True)
                 self.state[p][key] = shard_state(value, p, self._projected_side(p), key == "projector")
-        self._share_projectors(self._group_and_index)
+        self._make_projectors(self._group_and_index)
         self.merge_updates(p for p in self._group_and_index if p not in self._merge_callbacks)  # of an offloading run
 
     @torch.no_grad()

@@ -60,18 +60,18 @@ class RestingWeights(Optimizer):
             raise UsageError("param_groups: offloaded weights that rest need names, as in model.named_parameters()")
         concerned = [p for p in self._group_and_index if among is None or p in among]
         self.merge_updates([p for p in concerned if p not in resting])
-        for p in concerned:
-            if (p in resting) != self.is_resting(p):
-                self.state.pop(p, None)
-                self.resting_projectors.pop(p, None)
-                self._discard_gradients(p)
-                if p in resting:
-                    self.state[p]["rest"] = torch.full((rank,), seed)  # sharded checkpoints want tensors
-        self._share_projectors(concerned)
+        for p in [p for p in concerned if (p in resting) != self.is_resting(p)]:
+            self.state.pop(p, None)
+            self.resting_projectors.pop(p, None)
+            self._discard_gradients(p)
+            if p in resting:
+                self.state[p]["rest"] = torch.full((rank,), seed)  # sharded checkpoints want tensors
+        self._make_projectors(concerned)
 
-    def _share_projectors(self, weights: Iterable[Tensor]) -> None:
-        for p in weights:
-            if self.ddp_averaging and p not in self.resting_projectors and (q := self.resting_projector(p)) is not None:
+    def _make_projectors(self, weights: Iterable[Tensor]) -> None:
+        # Before a pass, whose activations would lie around them: in host memory few of the gaps between are used again.
+        for p in [p for p in weights if p not in self._merge_callbacks and p not in self.resting_projectors]:
+            if (q := self.resting_projector(p)) is not None and self.ddp_averaging:
                 dist.broadcast(q if p.dim() == 2 else q[0], src=0)  # another CPU may round differently
 
     def is_resting(self, p: Tensor) -> bool:

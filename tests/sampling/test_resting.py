@@ -221,6 +221,16 @@ def test_keeps_projected_inputs_for_backward_instead_of_inputs() -> None:
     assert kept(RANK) - kept(0) == tokens * linear_layers * RANK * 4
 
 
+def test_the_subspaces_are_there_before_a_pass_whose_activations_would_lie_around_them() -> None:
+    run = Run()
+    run.train(0)
+    above = [p for layer in decoder_layers(run.model)[2:] for p in layer.parameters() if p.dim() == 2]
+    assert run.optimizer.resting_projectors.keys() == set(above)
+    before = dict(run.optimizer.resting_projectors)
+    run.train(2)
+    assert all(run.optimizer.resting_projectors[p] is q for p, q in before.items())
+
+
 def test_its_gradients_count_in_the_norm_and_a_nan_skips_the_step() -> None:
     run = Run().train(1)
     run.model(**tiny_batch(4)).loss.backward()
