@@ -116,7 +116,7 @@ class RestingWeights(Optimizer):
         """Q (n, r) of a weight (m, n) that rests, see ``rest``; None of any other."""
         if not self.is_resting(p):
             return None
-        if p not in self.resting_projectors:
+        if (q := self.resting_projectors.get(p)) is None or (q.device != p.device and p not in self._merge_callbacks):
             state = self.state[p]
             with torch.inference_mode(False):  # else it could not be saved for backward later
                 found = _resting_subspace(p, state["rest"], self._group_and_index[p][1])

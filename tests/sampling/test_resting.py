@@ -231,6 +231,14 @@ def test_the_subspaces_are_there_before_a_pass_whose_activations_would_lie_aroun
     assert all(run.optimizer.resting_projectors[p] is q for p, q in before.items())
 
 
+def test_a_model_that_moves_after_a_draw_has_its_subspaces_where_it_computes() -> None:
+    weight = nn.Parameter(torch.rand(8, 6))
+    optimizer = GaLoreAdamW([weight], lr=0.1)
+    optimizer.rest([weight], rank=2)
+    torch.utils.swap_tensors(weight, nn.Parameter(weight.detach().to("meta")))  # `module.to` a GPU keeps the parameter, too
+    assert optimizer.resting_projector(weight).device == weight.device == torch.device("meta")
+
+
 def test_its_gradients_count_in_the_norm_and_a_nan_skips_the_step() -> None:
     run = Run().train(1)
     run.model(**tiny_batch(4)).loss.backward()
