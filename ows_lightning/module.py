@@ -45,7 +45,6 @@ from ows_lightning.step import StepAccumulator, StepMetrics
 warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer` in `LightningModule`")
 
 log = logging.getLogger(__name__)
-
 _DECAYS = ("cosine", "linear", "constant")
 DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 

@@ -13,7 +13,6 @@ from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.sharding import clip_, scale_, total_norm
 
 log = logging.getLogger(__name__)
-
 _PROVISIONAL_TARGETS = 1024.0  # about the targets of a micro-batch; a power of two, so that dividing by it is exact
 
 

@@ -14,7 +14,6 @@ from ows_lightning.models.execution import checkpoint_activations
 from ows_lightning.module import CausalLMModule
 
 log = logging.getLogger(__name__)
-
 MEMORY_FRACTION = 0.9  # of the free memory: workspaces of kernels, fragmentation and 5 % of error are not predicted
 
 

@@ -27,7 +27,6 @@ from ows_lightning.sampling.activation import non_block_trains
 from ows_lightning.sampling.callback import LayerwiseSampling
 
 log = logging.getLogger(__name__)
-
 _MAX_SAMPLE_CHARS = 400  # characters of a sample row
 _SHOWN_METRICS = {"val_loss": ("loss", "{:.3f}"), "val_exact_match": ("exact match", "{:.1%}")}
 

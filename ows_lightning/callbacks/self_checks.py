@@ -19,7 +19,6 @@ from ows_lightning.report.run import RunRecord
 from ows_lightning.sampling.callback import LayerwiseSampling
 
 log = logging.getLogger(__name__)
-
 POOR_LOSS_RATIO = 0.95  # a loss that ends above this share of where it began is a poor result
 LISA_STATE_RATIO = 0.9  # and an optimizer's state above this share of LISA's saves nothing
 UNIFORM_RATIO = 0.95  # draws among blocks as even as this are LISA's

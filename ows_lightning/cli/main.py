@@ -13,7 +13,6 @@ from ows_lightning.cli.exit_codes import message_and_exit_code
 from ows_lightning.errors import UsageError, command_line, did_you_mean
 
 log = logging.getLogger(__name__)
-
 CONFIG_COMMANDS = {
     "fit": "Train",
     "validate": "Evaluate on the validation rows: loss, perplexity, exact match",

@@ -25,7 +25,6 @@ _RUN_ID_PARTS = (
 )  # fmt: skip
 """What the processes of one run on one machine have in common, and those of other runs have not."""
 _GOODBYE = b"."
-
 _watchdog: "_Watchdog | None" = None
 
 

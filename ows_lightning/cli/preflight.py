@@ -37,7 +37,6 @@ from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.scores import BlockScores, architecture_of
 
 log = logging.getLogger(__name__)
-
 LOGGED_METRICS = (
     "train_loss", "val_loss", "val_perplexity", "val_exact_match", "tokens_per_second", "grad_norm", "peak_memory_mb",
     "tokens", "target_tokens", "time_s", "renewal_s", "epoch", "step",

@@ -12,7 +12,6 @@ Message = dict[str, Any]
 #: What every format becomes: ``messages`` (OpenAI's form) or ``text``, and where the row has them ``tools`` (functions
 #: shown to the chat template), ``answer`` and ``choices`` (for scoring), all plain JSON values.
 Example = dict[str, Any]
-
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 _ROLES |= {"function_call": "assistant", "observation": "tool", "function_response": "tool", "developer": "system"}
 _ROLES |= {role: role for role in ("system", "user", "assistant", "tool", "function")}

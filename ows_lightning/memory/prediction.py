@@ -23,7 +23,6 @@ from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.activation import non_block_trains
 
 CATEGORIES = ("weights", "gradients", "moments", "projectors", "activations", "loss_head", "other")
-
 CONTEXT_BYTES = 10**9  # of a GPU's nominal memory: CUDA's context, workspaces, and up to 2 % that some cards lack
 _CUDA_BLOCK = 512  # bytes: what CUDA's caching allocator rounds to
 _MAX_SIMULATED = 3  # blocks of a group that are simulated one by one; more are extrapolated

@@ -32,7 +32,6 @@ from ows_lightning.models.pretrained import load_model
 from ows_lightning.models.source import DELTA_FILE
 
 log = logging.getLogger(__name__)
-
 _METADATA = {"format": "pt"}  # without which transformers does not read a safetensors file
 
 

@@ -26,7 +26,6 @@ from ows_lightning.models.pretrained import nonfinite_weights
 from ows_lightning.models.safetensors_file import SafetensorsFile
 
 log = logging.getLogger(__name__)
-
 SHARD_BYTES = 2 * 10**9
 
 

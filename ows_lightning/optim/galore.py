@@ -18,7 +18,6 @@ from ows_lightning.optim.state_dtypes import saved_tensors
 from ows_lightning.optim.subspace import Side, SubspaceMethod
 
 log = logging.getLogger(__name__)
-
 ProjType = Literal["std", "reverse_std", "right", "left"]
 PROJECTION_DEFAULTS = {"update_proj_gap": 200, "scale": 1.0, "proj_type": "std", "subspace": "randomized"}
 _LEAST = {"lr": 0, "eps": 0, "weight_decay": 0, "state_warmup_steps": 0, "update_proj_gap": 1}

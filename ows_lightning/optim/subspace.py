@@ -9,7 +9,6 @@ from torch import Tensor
 
 Side = Literal["left", "right"]
 SubspaceMethod = Literal["randomized", "svd", "random"]
-
 RANK_TOLERANCE = 1e-5  # singular values below this part of the largest are rounding in float32
 OVERSAMPLING = 16  # extra test vectors; Halko et al. (arXiv 0909.4061, section 4.2) find 5 to 10 enough in most cases
 

@@ -29,9 +29,7 @@ DOTS: dict[str, Any] = {"color": VERMILLION, "markersize": 4, "markeredgecolor":
 
 # Up to this many intervals have borders of their own; more would hide what they enclose.
 MAX_BORDERS = 60
-
 Runs: TypeAlias = RunRecord | Sequence[RunRecord]
-
 SCORE_LABELS = {
     "outlier_ratio_percent": ("outlier ratio", "weights that are outliers (%)"),
     "weight_norm": ("weight norm", "Frobenius norm of the weights"),

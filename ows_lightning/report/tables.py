@@ -15,7 +15,6 @@ from ows_lightning.sampling.distributions import stored_score_name
 from ows_lightning.sampling.inclusion import inclusion_probabilities, window_inclusion_probabilities
 
 Table: TypeAlias = dict[str, list[Any]]  # columns of one length; a table without rows: the run has no such data
-
 XAxis = Literal["step", "tokens", "time_s"]
 LABELS = {
     "run": "Run", "model": "Model", "sampling": "Sampling", "optimizer": "Optimizer", "steps": "Optimizer steps",

@@ -28,7 +28,6 @@ from ows_lightning.sampling.outliers import layer_outlier_ratios, layer_weight_n
 from ows_lightning.sampling.scores import BlockScores, architecture_of
 
 log = logging.getLogger(__name__)
-
 NORM_DECAY = 0.9  # of the exponential mean of gradient norms, by optimizer step
 
 
