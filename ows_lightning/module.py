@@ -374,7 +374,7 @@ class CausalLMModule(EvaluationModule):
         """Merges what offloaded blocks learned at rest into their weights, for whatever reads them after training."""
         self.reread_offloaded()  # weight averaging may have swapped weights
         if self.offloader is not None:
-            self.offloader.merge_updates()
+            self.offloader.detach_optimizer()
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Loads weights, building the model first if needed: this is how forked processes return theirs."""

@@ -168,6 +168,11 @@ class BlockOffloader:
         # Weight averaging reads whole weights after each step, whoever takes it.
         optimizer.register_step_post_hook(lambda *_: self.merge_updates() if self.was_copied else None)
 
+    def detach_optimizer(self) -> None:
+        """Ends what `attach_optimizer` began, with what was learned merged: the next optimizer may be of another kind."""
+        self.merge_updates()
+        self._optimizer = None
+
     def merge_updates(self) -> None:
         """Writes what offloaded blocks have learned at rest into their weights; they go on resting."""
         if (optimizer := self.optimizer) is not None:

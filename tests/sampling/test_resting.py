@@ -682,6 +682,39 @@ def test_a_fit_after_a_failed_one_computes_with_the_weights_alone(model_dir: Cal
     assert torch.equal(module.model(**tiny_batch(2)).loss, plain(**tiny_batch(2)).loss)
 
 
+class Placed(Callback):
+    """After every step, the blocks that train and those that have memory of their own to train in."""
+
+    def __init__(self) -> None:
+        self.training: list[list[int]] = []
+        self.on_device: list[list[int]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        blocks = enumerate(decoder_layers(pl_module.model))
+        self.training.append([i for i, block in blocks if any(p.requires_grad for p in block.parameters())])
+        self.on_device.append(pl_module.offloader.active)
+
+
+def test_a_fit_with_another_optimizer_trains_what_rested_before(model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    """Blocks whose vectors do not train, so that all of a block has rested at the end of the first fit."""
+    module = CausalLMModule(str(model_dir()), rank=8, optimizer=partial(GaLoreAdamW, lr=LR), frozen_in="host")
+    module.configure_model()
+    for vector in (p for block in decoder_layers(module.model) for p in block.parameters() if p.dim() == 1):
+        vector.requires_grad = False
+    fit(model_dir(), tmp_path, module=module)
+    rested = [i for i, block in enumerate(decoder_layers(module.model)) if any(p.requires_grad for p in block.parameters())]
+    assert len(rested) > 1
+    placed, sampling = Placed(), LayerwiseSampling(1, INTERVAL, "uniform", always_train=("norm",))
+    module.configure_optimizers = lambda: torch.optim.AdamW(module.parameters(), lr=LR)
+    rows = [{name: values[0] for name, values in tiny_batch(1).items()}] * 32
+    Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[sampling, placed], default_root_dir=tmp_path, max_steps=8,
+    ).fit(module, DataLoader(rows, batch_size=2))  # fmt: skip
+    assert placed.on_device == placed.training
+    assert {i for blocks in placed.training for i in blocks} & {*rested}
+
+
 def test_a_full_gpu_hides_no_error(
     model_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
