@@ -72,7 +72,8 @@ def activate_blocks(
             first.setdefault(p, index)
     lowest = min((first[p] for p in first if trains[p]), default=len(first))
     above = (p for p in block_matrices(layers) if not trains[p] and first[p] > lowest)
-    resting = {p for p in above if p.size(-1) > resting_rank > 0}
+    held = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    resting = {p for p in above if p.size(-1) > resting_rank > 0 and (p in held or not optimizers)}
     for optimizer in optimizers:
         if hasattr(optimizer, "rest"):
             optimizer.rest(resting, resting_rank, resting_seed, among=trains.keys())

@@ -28,6 +28,7 @@ from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.resting import merged_weights
 from ows_lightning.optim.subspace import random_subspace
+from ows_lightning.sampling.activation import activate_blocks
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.sampler import BlockSampler
 from tests.tiny import tiny_batch, tiny_model
@@ -237,6 +238,15 @@ def test_a_model_that_moves_after_a_draw_has_its_subspaces_where_it_computes() -
     optimizer.rest([weight], rank=2)
     torch.utils.swap_tensors(weight, nn.Parameter(weight.detach().to("meta")))  # `module.to` a GPU keeps the parameter, too
     assert optimizer.resting_projector(weight).device == weight.device == torch.device("meta")
+
+
+def test_matrices_that_no_optimizer_holds_stay_frozen() -> None:
+    model = tiny_model("llama")
+    named = [(name, p) for name, p in model.named_parameters() if "self_attn" in name]
+    activate_blocks(decoder_layers(model), [0], (), [GaLoreAdamW([{"params": named, "rank": 8}])], resting_rank=RANK)
+    model(**tiny_batch(2)).loss.backward()
+    above = [(name, p) for block in decoder_layers(model)[1:] for name, p in block.named_parameters()]
+    assert {name for name, p in above if p.grad is not None} == {f"self_attn.{kind}_proj.weight" for kind in "qkvo"}
 
 
 def test_its_gradients_count_in_the_norm_and_a_nan_skips_the_step() -> None:
