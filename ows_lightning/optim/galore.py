@@ -107,6 +107,7 @@ class GaLoreAdamW(GradientCapture):
         self._claim_gradients(self.param_groups[-1:])
 
     def __getstate__(self) -> dict[str, Any]:
+        self.merge_updates()  # a copy of the model has all in its weights, also where it is made later than this one
         return {**super().__getstate__(), "progress": (self.projects_in_backward, self._draw_seed)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -96,6 +96,18 @@ def test_two_layers_that_share_a_weight_learn_as_on_the_device() -> None:
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
+@pytest.mark.parametrize("first", ["optimizer", "model"])
+def test_a_copy_has_what_was_learned_whatever_is_copied_first(first: str) -> None:
+    loop = Loop(tiny_model("llama"))
+    loop.draw(0)
+    loop.train(4)
+    expected, parts = loop.loss(), ("optimizer", "model") if first == "optimizer" else ("model", "optimizer")
+    copied = copy.copy(loop)
+    for name, part in zip(parts, copy.deepcopy([getattr(loop, name) for name in parts]), strict=True):
+        setattr(copied, name, part)
+    assert copied.loss() == loop.loss() == pytest.approx(expected, abs=1e-5)
+
+
 def test_an_error_while_updates_are_added_adds_none_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = Loop(tiny_model("gpt2"))  # its Conv1D weights get their updates in the slot
     loop.draw(0)
