@@ -107,7 +107,7 @@ def _add_product_(weight: Tensor, left: Tensor, right: Tensor, beta: float, alph
 
 def merge_update_(weight: Tensor, update: Tensor, projector: Tensor, generator: Generator | None = None) -> None:
     """W <- W + B Q^T in place, for W (..., m, n), B (..., m, r), Q (..., n, r); rounded stochastically with a generator."""
-    _add_product_(weight, update, projector.to(weight.device).mT, 1.0, 1.0, generator)
+    _add_product_(weight, update.to(weight.device), projector.to(weight.device).mT, 1.0, 1.0, generator)
 
 
 def round_stochastically_(target: Tensor, value: Tensor, generator: Generator | None) -> None:

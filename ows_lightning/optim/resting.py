@@ -41,7 +41,7 @@ class RestingWeights(Optimizer):
             R = G Q,    W <- W - lr * scale * Adam(R) Q^T
 
         Its state is two moments (m x r), a step and ``rest``, the seed that Q is made from; Q itself is not saved. A weight
-        loses its state where its rest begins, and where it ends, also by freezing; one that rests already keeps it.
+        loses its state where its rest begins, and where it ends, also by freezing; one that rests in this rank keeps it.
 
         Args:
             weights: Matrices of shape (..., m, n) with n > rank that require a gradient; another optimizer's are ignored.
@@ -59,8 +59,9 @@ class RestingWeights(Optimizer):
         if any("param_names" not in self._group_and_index[p][0] for p in resting & self._merge_callbacks.keys()):
             raise UsageError("param_groups: offloaded weights that rest need names, as in model.named_parameters()")
         concerned = [p for p in self._group_and_index if among is None or p in among]
-        self.merge_updates([p for p in concerned if p not in resting])
-        for p in [p for p in concerned if (p in resting) != self.is_resting(p)]:
+        stay = {p for p in resting if self.is_resting(p) and self.state[p]["rest"].numel() == rank}
+        self.merge_updates([p for p in concerned if p not in stay])
+        for p in [p for p in concerned if p not in stay and (p in resting or self.is_resting(p))]:
             self.state.pop(p, None)
             self.resting_projectors.pop(p, None)
             self._discard_gradients(p)
@@ -116,11 +117,11 @@ class RestingWeights(Optimizer):
         """Q (n, r) of a weight (m, n) that rests, see ``rest``; None of any other."""
         if not self.is_resting(p):
             return None
-        if (q := self.resting_projectors.get(p)) is None or (q.device != p.device and p not in self._merge_callbacks):
-            state = self.state[p]
+        state = self.state[p]
+        device = (state.get("exp_avg", p) if p in self._merge_callbacks else p).device  # where it computes: p may be offloaded
+        if (q := self.resting_projectors.get(p)) is None or q.device != device:
             with torch.inference_mode(False):  # else it could not be saved for backward later
-                found = _resting_subspace(p, state["rest"], self._group_and_index[p][1])
-                found = found.to(state.get("exp_avg", p).device)  # where it computes; the weight itself may be offloaded
+                found = _resting_subspace(p, state["rest"], self._group_and_index[p][1]).to(device)
                 self.resting_projectors[p] = shard_state(found, p, "right", is_projector=True)
         return self.resting_projectors[p]
 
@@ -149,7 +150,7 @@ def merged_weights(weights: Mapping[str, Tensor], optimizers: Iterable[Mapping[s
             number, state, seed, rounds = updates[name]
             noise = torch.Generator(weight.device).manual_seed(seed) if rounds and weight.dtype == torch.bfloat16 else None
             weight = weight.detach().clone()
-            merge_update_(weight, state["update"].to(weight.device), _resting_subspace(weight, state["rest"], number), noise)
+            merge_update_(weight, state["update"], _resting_subspace(weight, state["rest"], number), noise)
         yield name, weight
 
 

@@ -240,6 +240,23 @@ def test_a_model_that_moves_after_a_draw_has_its_subspaces_where_it_computes() -
     assert optimizer.resting_projector(weight).device == weight.device == torch.device("meta")
 
 
+def test_a_state_that_was_loaded_to_host_memory_is_merged_and_goes_on_where_the_weight_computes() -> None:
+    """As on resuming, before the first forward pass, whoever reads the weights then; "meta" stands for a GPU."""
+    weight = nn.Parameter(torch.rand(8, 6))
+    optimizer = GaLoreAdamW([{"params": [("weight", weight)], "rank": 4}], lr=0.1)
+    optimizer.rest([weight], rank=2)
+    optimizer.keep_updates_separate([weight], optimizer.add_resting_updates)
+    weight.grad = torch.rand(8, 6)
+    optimizer.step()
+    assert optimizer.state[weight]["update"].any()
+    torch.utils.swap_tensors(weight, nn.Parameter(weight.detach().to("meta")))
+    optimizer.merge_updates()
+    assert "update" not in optimizer.state[weight]
+    for moment in ("exp_avg", "exp_avg_sq"):  # they follow, before the next pass
+        optimizer.state[weight][moment] = optimizer.state[weight][moment].to("meta")
+    assert optimizer.resting_projector(weight).device == torch.device("meta")
+
+
 def test_matrices_that_no_optimizer_holds_stay_frozen() -> None:
     model = tiny_model("llama")
     named = [(name, p) for name, p in model.named_parameters() if "self_attn" in name]
@@ -247,6 +264,20 @@ def test_matrices_that_no_optimizer_holds_stay_frozen() -> None:
     model(**tiny_batch(2)).loss.backward()
     above = [(name, p) for block in decoder_layers(model)[1:] for name, p in block.named_parameters()]
     assert {name for name, p in above if p.grad is not None} == {f"self_attn.{kind}_proj.weight" for kind in "qkvo"}
+
+
+def test_another_rank_begins_another_rest() -> None:
+    weight = nn.Parameter(torch.rand(8, 6))
+    optimizer = GaLoreAdamW([{"params": [("weight", weight)], "rank": 4}], lr=0.1)
+    optimizer.keep_updates_separate([weight], optimizer.add_resting_updates)
+    optimizer.rest([weight], rank=2, seed=1)
+    weight.grad = torch.rand(8, 6)
+    optimizer.step()
+    before, (update, projector) = weight.detach().clone(), optimizer.resting_updates([weight])[weight]
+    optimizer.rest([weight], rank=3, seed=2)
+    assert optimizer.state[weight].keys() == {"rest"}
+    assert optimizer.resting_projector(weight).shape == (6, 3)
+    torch.testing.assert_close(weight.detach(), before + update @ projector.mT)
 
 
 def test_its_gradients_count_in_the_norm_and_a_nan_skips_the_step() -> None:
