@@ -93,4 +93,4 @@ class PredictionFile(Callback):
                 file.write(json.dumps(known, ensure_ascii=False) + "\n")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        print(f"Written: {self._path}")
+        print(f"\nWritten: {self._path}")  # the progress bar has not ended its line

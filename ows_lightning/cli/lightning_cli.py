@@ -239,7 +239,7 @@ class OWSCLI(LightningCLI):
         if ckpt_path is not None and not str(ckpt_path).strip():
             raise UsageError("ckpt_path: it is empty; give a path or `last`, or leave it out")
         if ckpt_path is None and command in ("validate", "test", "predict"):
-            log.info("ckpt_path: none is given, so this is about the base model")
+            log.info("ckpt_path: none is given, so this is about the model as it is loaded")
         if ckpt_path == "best":
             raise UsageError("ckpt_path: only the process that trained knows which one is best; give its path, or last")
         if not ckpt_path or ckpt_path == "hpc":

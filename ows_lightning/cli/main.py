@@ -54,7 +54,7 @@ def main(args: list[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # answers may have letters that the terminal lacks
     for message in _IGNORED_WARNINGS:
-        warnings.filterwarnings("ignore", f".*{message}")
+        warnings.filterwarnings("ignore", f".*(?:{message})")
     for name, messages in _IGNORED_LOGS.items():
         logging.getLogger(name).addFilter(lambda r, m=messages: not any(text in r.getMessage() for text in m))  # type: ignore
     logging.basicConfig(format="%(message)s", level=logging.WARNING)

@@ -147,7 +147,8 @@ def _answer(row: Row, column: str, row_name: str) -> list[Message]:
     if isinstance(choices, list) and (index := index_of_choice(answer, choices)) is not None:
         answer = choices[index]
     elif isinstance(choices, list) and (isinstance(answer, (int, float)) or str(answer).isdigit() or len(str(answer)) == 1):
-        raise UsageError(f"{row_name}: the answer {str(answer).lower()} is none of the choices; give one, or its index from 0")
+        hint = "give one, its index from 0, or its letter"
+        raise UsageError(f"{row_name}: the answer {str(answer).lower()} is none of the choices; {hint}")
     if isinstance(choices, dict):
         raise UsageError(f"{row_name}: 'choices' must be a list of texts, got an object")
     if isinstance(answer, (list, dict)):

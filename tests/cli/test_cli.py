@@ -114,8 +114,13 @@ def test_a_resumed_run_keeps_the_figures_from_before(config: Path, caplog: pytes
     assert "Nothing was trained: the checkpoint is of step 4 already; raise max_steps" in caplog.text
 
 
-def test_predict_writes_a_line_a_row(config: Path) -> None:
-    run("predict", config)
+def test_predict_writes_a_line_a_row(
+    config: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.INFO, "ows_lightning")
+    run("predict", config, "--trainer.enable_progress_bar", "true")
+    assert "Written: runs/version_0/predictions.jsonl" in capsys.readouterr().out.splitlines()  # beside no bar
+    assert "ckpt_path: none is given, so this is about the model as it is loaded" in caplog.messages
     rows = [json.loads(line) for line in Path("runs/version_0/predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 4
     assert all(row.keys() == {"row", "prompt", "reference", "generated"} for row in rows)

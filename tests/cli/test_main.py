@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,18 @@ def test_what_needs_no_library_loads_none(words: str) -> None:
     said, libraries = loaded(words)
     assert said.count("\n") > 3
     assert libraries == set()
+
+
+@pytest.mark.parametrize(
+    "text", ["`is_gradient_checkpointing` is deprecated", "`isinstance(treespec, LeafSpec)` is deprecated"]
+)
+def test_deprecated_calls_of_libraries_are_not_shown(text: str) -> None:
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        main(["configs"])
+        warnings.warn(text, FutureWarning, stacklevel=1)
+        warnings.warn("something else is deprecated", FutureWarning, stacklevel=1)
+    assert [str(warning.message) for warning in shown] == ["something else is deprecated"]
 
 
 def test_output_whose_reader_has_left_is_no_error(

@@ -238,5 +238,6 @@ def test_choices_of_another_form_are_refused() -> None:
 # An index from 1, one that pandas made a float, one as text, a letter of none, and a small one.
 @pytest.mark.parametrize("answer", [True, 2, -1, 1.0, "1", "E", "b"])
 def test_a_number_or_truth_that_is_none_of_the_choices_is_refused(answer: object) -> None:
-    with pytest.raises(UsageError, match=f"row 1: the answer {str(answer).lower()} is none of the choices"):
+    expected = f"row 1: the answer {str(answer).lower()} is none of the choices; give one, its index from 0, or its letter"
+    with pytest.raises(UsageError, match=expected):
         example({"prompt": "q", "choices": ["yes", "no"], "answer": answer})
