@@ -37,6 +37,7 @@ from ows_lightning.optim.resting import merged_weights
 from ows_lightning.optim.sharding import is_sharded
 from ows_lightning.optim.state_dtypes import keep_state_dtypes
 from ows_lightning.optim.subspace import SubspaceMethod, derived_seed
+from ows_lightning.sampling.activation import unwrapped
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.scores import architecture_of
 from ows_lightning.step import StepAccumulator, StepMetrics
@@ -285,6 +286,8 @@ class CausalLMModule(EvaluationModule):
     def on_train_start(self) -> None:
         """Gives the blocks that were drawn memory on the device: a resumed run may validate before it trains."""
         if self.offloader is not None:
+            if self.offloader.optimizer not in map(unwrapped, self.trainer.optimizers):  # it is of an earlier fit
+                self.offloader.detach_optimizer()
             if self.offloader.was_copied:  # weight averaging begins with these weights, before any step
                 self.offloader.merge_updates()
             self.offloader.apply_draw(self.trainer.optimizers)
@@ -374,7 +377,7 @@ class CausalLMModule(EvaluationModule):
         """Merges what offloaded blocks learned at rest into their weights, for whatever reads them after training."""
         self.reread_offloaded()  # weight averaging may have swapped weights
         if self.offloader is not None:
-            self.offloader.detach_optimizer()
+            self.offloader.merge_updates()
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Loads weights, building the model first if needed: this is how forked processes return theirs."""
