@@ -97,6 +97,9 @@ class _Fake(FakeTensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise RuntimeError(f"{func} needs a tensor with contents")
 
+    def data_ptr(self) -> int:
+        raise RuntimeError("a tensor without contents has no address")  # 0 is one that Triton's kernels read from
+
 
 @dataclass(frozen=True, slots=True)
 class _TensorSpec:

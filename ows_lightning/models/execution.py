@@ -4,10 +4,11 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ows_lightning.compat import allow_recompilation, drop_input_gradients, keep_recomputation_out_of_inference_graphs
@@ -90,6 +91,14 @@ def apply_liger_kernels_(model: PreTrainedModel) -> None:
     apply_kernels = liger_for(model.config)
     flags = [name for name, p in inspect.signature(apply_kernels).parameters.items() if isinstance(p.default, bool)]
     architecture: dict[str, Any] = vars(sys.modules[type(model).__module__])
-    classes = {name: value for name, value in architecture.items() if isinstance(value, type)}
+    before = dict(architecture)
     apply_kernels(model=model, **{name: name in _FUSED for name in flags})
-    architecture.update(classes)  # of which models are made later
+    for name, plain in before.items():
+        if isinstance(plain, type):  # of which models are made later
+            architecture[name] = plain
+        elif (fused := architecture[name]) is not plain:  # a kernel would read the memory that fake tensors don't have
+            architecture[name] = partial(_with_contents, plain, fused)
+
+
+def _with_contents(plain: Callable[..., Any], fused: Callable[..., Any], first: Any, *args: Any, **kwargs: Any) -> Any:
+    return (fused if type(first) is Tensor else plain)(first, *args, **kwargs)

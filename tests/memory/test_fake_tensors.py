@@ -62,6 +62,13 @@ def test_backward_and_memory_are_those_of_real_tensors() -> None:
     assert peak(MemoryTracker(operate=FakeOperators())) == peak(MemoryTracker())
 
 
+def test_has_no_address_that_a_kernel_could_read_from() -> None:
+    with MemoryTracker(operate=FakeOperators()):
+        made = torch.zeros(4)
+    with pytest.raises(RuntimeError, match="no address"):
+        made.data_ptr()
+
+
 def test_work_by_chunks_is_followed_for_those_that_differ() -> None:
     with MemoryTracker(operate=FakeOperators()):
         matrix = torch.zeros(10, 4)

@@ -37,6 +37,7 @@ def test_a_model_computes_the_same_with_fused_kernels() -> None:
     assert found["same_weights"]
     assert not found["head"]
     assert found["later"] == ["LlamaRMSNorm", "LlamaMLP"]
+    assert found["launched"] == [1, 0]  # none by a prediction, whose tensors have no memory
 
 
 @pytest.mark.skipif(INSTALLED, reason="the extra liger is there")
