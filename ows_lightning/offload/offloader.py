@@ -103,7 +103,7 @@ class BlockOffloader:
         own = self.optimizer
         training = [any(p.requires_grad and not (own and own.is_resting(p)) for p in weights) for weights in self.parameters]
         active = [index for index, trains in enumerate(training) if trains]
-        if not self.offloaded or active != self.active:
+        if not self.slots or active != self.active:
             self._set_active(active)
             self.schedule.fetch_first()
         for optimizer in optimizers:
@@ -120,14 +120,16 @@ class BlockOffloader:
             self.schedule.invalidate()
             return
         if self.offloaded:
+            before = self.offloaded  # fetches read from it until they are over
+            self.offloaded = [getattr(weights, "exact", weights) for weights in before]  # makes no more copies in int8
             self._move_blocks([])
         self.device = device
         self._clear()
 
     def prepare(self) -> None:
         """Offloads the blocks, if they are not yet."""
-        if not self.offloaded:
-            self._set_active([])
+        if not self.slots:
+            self._set_active(self.active)
 
     @contextmanager
     def on_device(self, block: nn.Module) -> Iterator[None]:
@@ -276,8 +278,7 @@ class BlockOffloader:
                 self.slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(self.num_slots)]
                 self._stream = copy_stream_for(self.device, self.num_slots, self._disk is not None)
             self._stream.wait_for_computation()  # it has written offloaded weights, and had the slots' memory
-            offloaded = self.schedule.order
-            self.layout_id = object()
+            offloaded, self.layout_id = self.schedule.order, object()
             self._versions = {i: _versions_of(self.parameters[i]) for i in offloaded}
             self._views = {i: views_into(self.slots[self.schedule.slot_of(i)], self.offloaded[i].tensors) for i in offloaded}
 

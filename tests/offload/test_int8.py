@@ -135,6 +135,20 @@ def test_a_copy_on_the_device_is_freed_while_its_block_trains(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("where", ["device", "host", "disk"])
+def test_leaving_a_full_card_takes_no_memory_for_copies(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    offloader = int8_offloader(model, where, tmp_path)
+    run = train(model, offloader, draws=[[1]])
+
+    def no_room(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("ows_lightning.offload.int8.quantize", no_room)
+    offloader.set_device(torch.device("meta"))  # as a Trainer's teardown does after an error
+    torch.testing.assert_close(dict(model.state_dict()), run.weights, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("where", ["device", "host", "disk"])
 def test_an_export_after_an_interrupted_pass_is_made_of_exact_weights(where: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))

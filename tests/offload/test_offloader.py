@@ -340,6 +340,22 @@ def test_what_ran_out_of_memory_while_it_was_offloaded_begins_anew(
     train(model, offloader, draws=[[2]]).assert_equals(train(plain, ours, draws=[[2]]))
 
 
+def test_slots_that_found_no_memory_are_made_at_the_next_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    offloader = BlockOffloader(decoder_layers(model))
+    expected = train(tiny_model("llama"), draws=[[2]])
+
+    def failing(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room for the slots")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ows_lightning.offload.offloader.total_nbytes", failing)
+        with pytest.raises(torch.OutOfMemoryError):
+            train(model, offloader, draws=[[2]])
+    model.requires_grad_(True)
+    train(model, offloader, draws=[[2]]).assert_equals(expected)
+
+
 def test_a_draw_that_finds_no_memory_leaves_what_it_has_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, disk = tiny_model("llama"), Disk(tmp_path)
     offloader = BlockOffloader(decoder_layers(model), disk=disk)
