@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import sys
 import tempfile
 from pathlib import Path
@@ -115,6 +116,6 @@ def _model_directory(name: str, folder: Path, trust_remote_code: bool) -> str:
     from ows_lightning.cli.lightning_cli import OWSCLI
 
     command = ["export", "--config", str(run / CONFIG_FILE), "--ckpt_path", str(path), "--output", str(folder / "model")]
-    with contextlib.redirect_stdout(sys.stderr):  # standard output is for answers
+    with contextlib.redirect_stdout(io.StringIO()):  # what it says that it wrote is gone when the model is loaded
         OWSCLI([*command, "--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.strategy", "auto"])
     return str(folder / "model")

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from ows_lightning.compat import attn_implementation_of
 from ows_lightning.data import formats
 from ows_lightning.data.encoding import Encoder
-from ows_lightning.data.examples import column
+from ows_lightning.data.examples import column, warn_of_dropped
 from ows_lightning.data.loaders import RankSampler, ResumableLoader
 from ows_lightning.data.multiple_choice import ChoiceRows, collate_choices
 from ows_lightning.data.packing import require_separate_documents
@@ -198,7 +198,12 @@ class InstructionDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         """Test rows as prompts, see `PromptRows` and `collate_prompts`."""
-        return self._prompt_dataloader(self._splits.examples("test"))
+        examples, encoder = self._splits.examples("test"), Encoder(self._encoder().tokenizer, train_on_prompt=True)
+        contents, number = map(json.loads, examples["example"]), len(examples)
+        prompts = ({**content, "messages": formats.split_prompt(content.get("messages", []))[0]} for content in contents)
+        unshown = {"row": range(number), "length": [1] * number, "unshown": [*map(encoder.unshown_parts, prompts)]}
+        warn_of_dropped("test_dataset", unshown, examples["where"], f"{number} rows")
+        return self._prompt_dataloader(examples)
 
     def summary(self) -> dict[str, int]:
         """Figures of the training rows after `setup`: rows, dropped and truncated ones, tokens, targets, validation rows.

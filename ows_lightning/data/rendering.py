@@ -43,6 +43,8 @@ def with_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
         raise UsageError(f"the tokenizer of '{name}' has no fast version, which is needed to find the answers' tokens")
     if tokenizer.eos_token is None:
         raise UsageError(f"the tokenizer of '{name}' has no end-of-sequence token; set its eos_token")
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        raise UsageError(f"the tokenizer of '{name}' has chat templates by name, none of them 'default'; save one as that")
     if not tokenizer.chat_template:
         adds_bos = tokenizer.bos_token is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
         tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + PLAIN_TEMPLATE

@@ -141,7 +141,11 @@ def into_a_closed_pipe(arguments: list[str]) -> None:
     main(arguments)
 
 
-def test_a_run_what_is_in_it_and_the_folder_of_runs_are_one_model(config: Path, say: Callable[..., str]) -> None:  # noqa: F811
+def test_a_run_what_is_in_it_and_the_folder_of_runs_are_one_model(
+    config: Path,  # noqa: F811
+    say: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     run("fit", config, "--trainer.max_steps", "2")
     answers = {
         say(Path("runs") / part, "is 3 odd?").splitlines()[-1]
@@ -149,6 +153,8 @@ def test_a_run_what_is_in_it_and_the_folder_of_runs_are_one_model(config: Path, 
     }
     shutil.rmtree("runs/version_0/model")  # as of a run that was interrupted: its newest checkpoint has the model
     assert answers == {say(Path("runs"), "is 3 odd?").splitlines()[-1]}
+    main(["chat", "runs", "--max_new_tokens", "4"])
+    assert "Written" not in capsys.readouterr().err  # of the model that it made of the checkpoint, and that is gone
 
 
 def test_code_that_comes_with_a_model_runs_if_asked_for(

@@ -256,6 +256,13 @@ def test_a_tokenizer_without_end_of_sequence_is_refused() -> None:
         with_chat_template(tokenizer)
 
 
+def test_a_tokenizer_whose_templates_have_names_needs_a_default_one() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"tool_use": tokenizer.chat_template}
+    with pytest.raises(UsageError, match="has chat templates by name, none of them 'default'; save one as that"):
+        with_chat_template(tokenizer)
+
+
 def test_long_prompts_lose_their_start() -> None:
     made = encoder("llama3", max_seq_length=20)
     _, ids = made.encode_prompt({"messages": [{"role": "user", "content": "who is the third " * 30}]}, "row 1")

@@ -157,6 +157,19 @@ def test_rows_that_lose_something_are_counted_and_named(jsonl: Callable[..., str
         assert "left out: rows.jsonl line 3" in said
 
 
+def test_prompts_that_lose_something_are_counted_and_named(
+    jsonl: Callable[..., str], recwarn: pytest.WarningsRecorder
+) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = ZEPHYR
+    asked = [[QUESTION, CALLS, RESULT], [QUESTION, ANSWER], [QUESTION, CALLS]]  # the last one's calls are its answer
+    file = jsonl([{"messages": messages} for messages in asked])
+    list(InstructionDataModule(file, test_dataset=file, tokenizer=tokenizer).predict_dataloader())
+    said = [str(warning.message) for warning in recwarn if "does not show" in str(warning.message)]
+    lost = "which the chat template does not show: rows.jsonl line 1"
+    assert said == [f"data.test_dataset: 1 of 3 rows lose {what}, {lost}" for what in ("tool calls", "a tool's result")]
+
+
 def test_reasoning_without_an_answer_is_trained() -> None:
     thinks = CHATML.replace("{{ m['content'] }}", "<think>{{ m['reasoning_content'] }}</think>{{ m['content'] or '' }}")
     assert encode(thinks, [QUESTION, {"role": "assistant", "reasoning_content": "hm"}])[1] == ["<think>hm</think><|im_end|>"]
