@@ -61,8 +61,7 @@ def keep_recomputation_out_of_inference_graphs() -> None:
 
 
 # One kernel for many tensors on a GPU, as in torch.optim; they have no public name. When they are gone: a loop.
-foreach_mul_ = torch._foreach_mul_
-foreach_norm = torch._foreach_norm
+foreach_mul_, foreach_norm = torch._foreach_mul_, torch._foreach_norm
 
 
 def local_shape_and_offset(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

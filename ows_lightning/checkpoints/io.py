@@ -38,9 +38,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         """Reads a file, whose tensors are mapped, or a directory of shards, always with ``weights_only=True``."""
-        if "://" in str(path):
-            return super().load_checkpoint(path, weights_only=True)
-        return read_checkpoint(Path(path), _load)
+        return super().load_checkpoint(path, weights_only=True) if "://" in str(path) else read_checkpoint(Path(path), _load)
 
     def remove_checkpoint(self, path: Any) -> None:
         """Removes a checkpoint; a directory is renamed first, so that no half of it looks like a checkpoint."""

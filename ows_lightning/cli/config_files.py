@@ -71,9 +71,7 @@ def shipped_data(name: Any) -> Any:
     if isinstance(name, list):
         return [shipped_data(source) for source in name]
     shipped = isinstance(name, str) and name.startswith(("examples/", "configs/scores/"))
-    if shipped and not Path(name).exists() and (SHIPPED_FOLDER / name).exists():
-        return str(SHIPPED_FOLDER / name)
-    return name
+    return str(SHIPPED_FOLDER / name) if shipped and not Path(name).exists() and (SHIPPED_FOLDER / name).exists() else name
 
 
 def configs(argv: list[str]) -> None:
@@ -86,8 +84,7 @@ def configs(argv: list[str]) -> None:
 def _read(path: Path) -> dict[str, Any]:
     """Reads a file's keys and values, and refuses what the parser would misread or ignore."""
     try:
-        text = path.read_text(encoding="utf-8")
-        loader = _Loader(text)
+        loader = _Loader(text := path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
         values = None if node is None else loader.construct_object(node, deep=True)  # refuses what holds itself
     except UnicodeDecodeError as error:

@@ -145,9 +145,8 @@ class OWSCLI(LightningCLI):
                     raise UsageError(f"{key}: '{value}' names a variable, which YAML files do not replace; write the path")
         check_settings(config, trains=command == "fit")
         data = config["data"].get("init_args", {}) if config["data"] else {}
-        for key in ("dataset", "eval_dataset", "test_dataset"):
-            if key in data:
-                data[key] = shipped_data(data[key])
+        for key in {"dataset", "eval_dataset", "test_dataset"}.intersection(data.keys()):
+            data[key] = shipped_data(data[key])
         if config["sampling"]:
             config["sampling"]["scores"] = shipped_data(config["sampling"].get("scores"))
 

@@ -105,9 +105,8 @@ def iter_numbers(config: Any, key: str = "") -> Iterator[tuple[str, int | float]
 
 def check_run(command: str, model: LightningModule, data: object, trainer_args: Mapping[str, Any], trainer: Trainer) -> None:
     """Checks what a command is about to use: the module without its weights, the Trainer as it is given, the first rows."""
-    for key in _RUN_COMMANDS.get(command, ()):
-        if trainer_args[key] == 0:
-            raise UsageError(f"trainer.{key}: it can't be 0 in `{command}`; give a number above 0, or leave it out")
+    for key in [key for key in _RUN_COMMANDS.get(command, ()) if trainer_args[key] == 0]:
+        raise UsageError(f"trainer.{key}: it can't be 0 in `{command}`; give a number above 0, or leave it out")
     if command != "export":  # which computes nothing
         check_devices(trainer)
     if command in _RUN_COMMANDS:

@@ -81,6 +81,4 @@ def _is_target(message: Message) -> bool:
 
 
 def _common_prefix_length(a: str, b: str) -> int:
-    if b.startswith(a):
-        return len(a)
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(b))
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -93,8 +93,7 @@ def _resolve(source: DataSource, path: Path) -> DataSource:
         if not files:
             raise source.error(f"no {_FILE_KINDS} file matches '{name}'")
         return _check_split_unset(replace(source, files=tuple(files)))
-    beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-    meant = did_you_mean(path.name, beside)
+    meant = did_you_mean(path.name, [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else [])
     if _suffix_of(path) or name.startswith((".", "/", "~")) or not _HUB_NAME.fullmatch(name) or (path.suffix and meant):
         raise source.error(f"no file matches '{name}'{meant}")
     return source

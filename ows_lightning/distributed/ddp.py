@@ -46,9 +46,8 @@ class LayerwiseDDPStrategy(DDPStrategy):
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Makes the optimizers; subspaces wait for the average of the gradients."""
         super().setup_optimizers(trainer)
-        for optimizer in self.optimizers:
-            if isinstance(optimizer, GaLoreAdamW):
-                optimizer.ddp_averaging = self.world_size > 1
+        for optimizer in (one for one in self.optimizers if isinstance(one, GaLoreAdamW)):
+            optimizer.ddp_averaging = self.world_size > 1
 
     def post_backward(self, closure_loss: Tensor) -> None:
         """Averages the gradients of a step that is complete."""

@@ -12,8 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from ows_lightning.compat import replace_parameters_, storage_key
 
-aten = torch.ops.aten
-profiler = torch.ops.profiler
+aten, profiler = torch.ops.aten, torch.ops.profiler
 _RUN_AS_IS = profiler._record_function_enter_new.default, profiler._record_function_exit._RecordFunction
 
 

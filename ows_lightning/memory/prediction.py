@@ -289,5 +289,4 @@ def _communicated_bytes(memory: StepCosts, settings: PlanSettings, sizes: ModelS
     if settings.is_sharded:
         gathered = (2 * sum(sizes.block_numel) + sizes.root_numel) * settings.compute_dtype.itemsize
         return settings.accumulate_grad_batches * (gathered + 4 * memory.trained) * (n - 1) // n
-    reduced = memory.consumed if settings.method.ours else memory.trained * settings.dtype.itemsize
-    return 2 * reduced * (n - 1) // n
+    return 2 * (memory.consumed if settings.method.ours else memory.trained * settings.dtype.itemsize) * (n - 1) // n

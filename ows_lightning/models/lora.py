@@ -30,9 +30,8 @@ def lora_config(settings: dict[str, Any]) -> Any:
     if settings.get("alora_invocation_tokens"):
         raise UsageError("model.lora.alora_invocation_tokens: such adapters can't be merged into the model; leave it out")
     known = inspect.signature(LoraConfig).parameters
-    for key in settings:
-        if key not in known:
-            raise UsageError(f"model.lora.{key}: peft's LoraConfig has no such key{did_you_mean(key, known)}")
+    for key in [key for key in settings if key not in known]:
+        raise UsageError(f"model.lora.{key}: peft's LoraConfig has no such key{did_you_mean(key, known)}")
     try:
         return LoraConfig(task_type="CAUSAL_LM", **settings)
     except (TypeError, ValueError) as error:

@@ -269,8 +269,7 @@ class GaLoreAdamW(GradientCapture):
     @staticmethod
     def _renew(state: dict[str, Any], projector: Tensor, side: Side, moments: str) -> None:
         """Switches to a new subspace; ``moments`` says what happens to the moments of the old one."""
-        old = state.get("projector")
-        state["projector"] = projector
+        old, state["projector"] = state.get("projector"), projector
         if old is None or moments == "keep":
             return
         if moments == "reset":

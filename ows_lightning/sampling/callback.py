@@ -105,6 +105,5 @@ class LayerwiseSampling(BlockSampler, Callback):
 
     def _write_and_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         self.write(self._written_to)
-        if metrics:
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=trainer.global_step)
+        for logger in trainer.loggers if metrics else ():
+            logger.log_metrics(metrics, step=trainer.global_step)
