@@ -17,8 +17,9 @@ class OWSTrainer(Trainer):
     """Lightning's Trainer with what makes a run safe; a plain ``Trainer`` trains the same way, but lacks all of this.
 
     Its checkpoints are written whole or not at all (``AtomicCheckpointIO``). It adds these callbacks, unless you give one of
-    the kind: ``SaveOnSignal`` saves when the process is told to end, ``Resume`` makes a resumed run exact, ``StopOnNaN`` ends
-    a run whose gradients stay NaN or Inf, and ``Throughput`` logs tokens, time and memory. The arguments are Lightning's.
+    the kind: ``SaveOnSignal`` saves when the process is told to end, ``Resume`` makes a resumed run exact (but for what a
+    module other than CausalLMModule draws from torch's generator), ``StopOnNaN`` ends a run whose gradients stay NaN or Inf,
+    and ``Throughput`` logs tokens, time and memory. The arguments are Lightning's.
     """
 
     def __init__(self, *args: Any, callbacks: list[Callback] | Callback | None = None, **kwargs: Any) -> None:
