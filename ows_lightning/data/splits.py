@@ -217,8 +217,7 @@ def _mix(parts: Mapping[str, np.ndarray], weights: Mapping[str, float], seed: in
         what = f"by these weights an epoch has each row of '{most}' {repeats:.3g} times, since no row of '{once}' is left out"
         hint = f"at most {_MAX_REPEATS} are possible: raise the weight of '{once}', or take fewer of its rows"
         raise UsageError(f"data.dataset: {what}; {hint}")
-    random = np.random.default_rng(seed)
-    mixed = []
+    random, mixed = np.random.default_rng(seed), []
     for name, part in parts.items():
         whole, rest = divmod(round(per_weight * weights[name]), len(part))
         mixed.append(np.concatenate([np.tile(part, whole), random.permutation(part)[:rest]]))

@@ -89,7 +89,7 @@ def to_fake_(model: nn.Module) -> None:
 class _Fake(FakeTensor):
     """A tensor without contents; a FakeTensor, since transformers reads no mask values of one."""
 
-    device = Tensor.device
+    device, layout = Tensor.device, Tensor.layout
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod

@@ -41,7 +41,7 @@ class TrainingMethod:
     ours: bool = False  # chunked loss, projection within backward; else all logits, and all gradients at once
     factored: bool = False  # gradients of linear layers are projected as factors, see `project_in_backward`
     keeps_states: bool = False  # optimizer states of blocks that are frozen again stay
-    renews_while_active: bool = False  # a subspace lives shorter than a block is active
+    renews_while_active: bool = False  # a block that has moments renews its subspaces
     lora: dict[str, Any] | None = field(default=None, hash=False)  # of peft's LoraConfig
     resting_rank: int = 0  # in which frozen blocks above the lowest active one train
     distribution: str | None = None  # `uniform`, or None for the config's own

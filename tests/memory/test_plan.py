@@ -121,11 +121,13 @@ def run_and_track(config: dict[str, Any], track: Track | None = None) -> int:
     """Runs what a config describes and returns the peak of its memory."""
     arguments, sampling, trainer_arguments = dict(config["model"]["init_args"]), config["sampling"], config["trainer"]
     optimizer = arguments.pop("optimizer")
-    kind = GaLoreAdamW if optimizer["class_path"].endswith("GaLoreAdamW") else torch.optim.AdamW
+    name = optimizer["class_path"].rpartition(".")[2]
+    kind = GaLoreAdamW if name == "GaLoreAdamW" else getattr(torch.optim, name)
     module = CausalLMModule(**arguments, optimizer=lambda groups: kind(groups, **optimizer["init_args"]))
     track = track or Track()
     # The lowest and the highest block always: the draw that plan takes for the worst.
-    callbacks = [LayerwiseSampling(**sampling, distribution=[1.0, 0.0, 0.0, 0.0, 1.0])] if sampling else []
+    weights = [1.0, 0.0, 0.0, 0.0, 1.0] if sampling and sampling["activated_layers"] == 2 else [1.0] * 5
+    callbacks = [LayerwiseSampling(**sampling, distribution=weights)] if sampling else []
     batch = tiny_batch(rows=config["data"]["init_args"]["batch_size"], length=LENGTH, vocab_size=1000)
     batch["attention_mask"][0, -1] = 0
     steps = 3
@@ -143,6 +145,9 @@ def run_and_track(config: dict[str, Any], track: Track | None = None) -> int:
     return max(sum(sizes.values()) for sizes in track.tracker.peaks().values())
 
 
+RESET = {"class_path": "ows_lightning.optim.galore.GaLoreAdamW", "init_args": {"lr": 1e-3, "moments_at_renewal": "reset"}}
+ADAFACTOR = {"class_path": "torch.optim.Adafactor", "init_args": {}}
+RENEWS = {"model__update_proj_gap": 2, "model__rank": 100, "model__gradient_checkpointing": True}
 FULL = {"sampling": None, "model__rank": None, "model__optimizer": {"class_path": "torch.optim.AdamW", "init_args": {}}}
 
 HIGH_ADAPTERS = {"r": 4, "target_modules": ["q_proj", "v_proj"], "layers_to_transform": [4]}
@@ -171,6 +176,10 @@ HIGH_ADAPTERS = {"r": 4, "target_modules": ["q_proj", "v_proj"], "layers_to_tran
         {**FULL, "model__lora": {"r": 4, "target_modules": "all-linear", "modules_to_save": ["lm_head"]}},
         {"model__attn_implementation": "eager"},
         {"sampling": None, "model__rank": 100, "model__proj_type": "reverse_std", "model__update_proj_gap": 2},
+        {"model__optimizer": RESET, "model__update_proj_gap": 1},
+        {"model__optimizer": ADAFACTOR, "model__rank": None},
+        RENEWS,
+        {**RENEWS, "trainer__accumulate_grad_batches": 4, "sampling__activated_layers": 5, "sampling__interval_steps": 1},
     ],
     ids=lambda changes: " ".join(f"{key.partition('__')[2] or key}={value}" for key, value in changes.items())[:70] or "base",
 )
@@ -415,6 +424,15 @@ def test_advice_for_a_model_that_can_not_recompute(tmp_path: Path) -> None:
     OpenAIGPTConfig(n_layer=2, n_embd=32, n_head=4, vocab_size=100, n_positions=LENGTH).save_pretrained(tmp_path)
     settings = settings_from_config(make_config(tmp_path, model__rank=4))
     assert advise(settings, 0).startswith("does not fit, takes 1.0 GB at the least")
+
+
+@pytest.mark.parametrize("samples", [True, False])
+def test_advice_for_shards_is_of_each_device_and_names_offloading_where_one_may(directory: Path, samples: bool) -> None:
+    several = {"trainer__devices": 2, "trainer__strategy": "fsdp2"}
+    settings = settings_from_config(make_config(directory, **several, **({} if samples else FULL)))
+    said = advise(settings, 0)
+    assert "GB on each device at the least; use more devices" in said
+    assert said.endswith("more devices, or one and model.frozen_in host") == samples
 
 
 @pytest.mark.parametrize(
