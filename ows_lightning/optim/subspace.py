@@ -65,6 +65,7 @@ def singular_vectors(sketches: Sequence[Sketch]) -> Iterator[Tensor]:
         if left_open.any():
             free = torch.randn(basis.size(-2), rank, generator=generator, dtype=torch.float32, device=basis.device)
             vectors = _orthonormal(torch.where(left_open.to(basis.device, non_blocking=basis.is_cuda), free, vectors))
+        vectors = vectors.contiguous()  # QR's layout would not be read from shards again, and products round differently
         yield vectors * vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True)).sign()
 
 

@@ -12,6 +12,12 @@ from ows_lightning.optim.subspace import Sketch, find_subspace, singular_vectors
 from tests.tiny import tiny_batch, tiny_model
 
 
+@pytest.mark.parametrize("method", ["randomized", "svd", "random"])
+def test_projectors_are_laid_out_as_they_are_loaded_from_shards(method: str) -> None:
+    few_directions = torch.randn(4, 32, 2) @ torch.randn(4, 2, 32)
+    assert leading_singular_vectors(few_directions, 8, "right", method).is_contiguous()
+
+
 def leading_singular_vectors(gradient: Tensor, rank: int, side: str, method: str, seed: int = 0) -> Tensor:
     found = find_subspace(gradient, rank, side, method, seed)
     return next(singular_vectors([found])).to(gradient.dtype) if isinstance(found, Sketch) else found
