@@ -52,8 +52,7 @@ class ShowGenerations(StepCallback):
     def _show(self, trainer: Trainer, module: LightningModule, overwrite: bool = False) -> None:
         if not isinstance(module, CausalLMModule):
             raise UsageError(f"ShowGenerations: {type(module).__name__} can't generate; use CausalLMModule")
-        encoder = Encoder(module.tokenizer)
-        answers = []
+        encoder, answers = Encoder(module.tokenizer), []
         for prompt in self.prompts:
             _, ids = encoder.encode_prompt({"messages": [{"role": "user", "content": prompt}]}, row_name="a prompt")
             batch = torch.tensor([ids], device=module.device)
