@@ -114,9 +114,7 @@ def _micro_batch_flops(settings: PlanSettings, recompute: bool) -> _BlockFlops:
 
 
 def _simulate_flops(settings: PlanSettings, recompute: bool, rows: int) -> _BlockFlops:
-    # `renews_while_active` makes every step renew its subspaces, the worst case for memory. Here renewals are counted apart.
-    resting = replace(settings.method, renews_while_active=False)
-    method = replace(resting, resting_rank=0)
+    resting, method = settings.method, replace(settings.method, resting_rank=0)
 
     def stage_flops(active: int, frozen: int, method: TrainingMethod = method) -> Callable[..., float]:
         """Returns a function that sums the FLOPs of stages by the beginning of their names, in a step that renews or not."""

@@ -178,18 +178,16 @@ def settings_from_config(config: Any) -> PlanSettings:
     described = trainer.get("strategy") or "auto"
     kind = str(described.get("class_path") if isinstance(described, dict) else described).rpartition(".")[2].lower()
     strategy = "fsdp2" if "modelparallel" in kind or "fsdp2" in kind else kind
-    name = model.get("model_name_or_path", "")
-    check_gradient_checkpointing(model.get("gradient_checkpointing", False))
-    config_of_model, found = find_model_config(name, trust)
-    stay = sampler.activated_layers >= getattr(config_of_model.get_text_config(), "num_hidden_layers", 1 << 30)
     method = TrainingMethod(
         optimizer=_optimizer_factory(model.get("optimizer"), on_gpu), rank=model.get("rank", 128), ours=True,
         activated_layers=None if config.get("sampling") is None else sampler.activated_layers,
         always_train=sampler.always_train, resting_rank=sampler.resting_rank,
         factored=not model.get("compile", False) and strategy != "fsdp2",
-        renews_while_active=stay or model.get("update_proj_gap", 200) <= sampler.interval_steps,
         **{key: value for key, value in model.items() if key in _METHOD_KEYS},
     )  # fmt: skip
+    name = model.get("model_name_or_path", "")
+    check_gradient_checkpointing(model.get("gradient_checkpointing", False))
+    config_of_model, found = find_model_config(name, trust)
     length = data.get("max_seq_length", 512)
     if (limit := exceeded_position_limit(config_of_model, length, trust)) is not None:
         raise UsageError(f"data.max_seq_length: {length}, and the model has positions for {limit}; set it to {limit} or less")

@@ -159,11 +159,12 @@ def advise(settings: PlanSettings, gigabytes: int) -> str:
     changes = changes_that_fit(settings, gigabytes)
     if changes is None:
         least, _ = list(_cheaper_settings(settings))[-1]
-        all_train = settings.method.activated_layers is None and settings.method.lora is None
-        sharded = " on each device", "more devices" if all_train else "more devices, or one and model.frozen_in host"
-        each, more = sharded if settings.is_sharded else ("", "several devices with the strategy fsdp2")
         fewest = (predict_memory(_with_batch_size(least, 1)).peak_bytes + CONTEXT_BYTES) / 1e9
-        return f"does not fit, takes {fewest:.1f} GB{each} at the least; use {more}"
+        if not settings.is_sharded:
+            return f"does not fit, takes {fewest:.1f} GB at the least; use several devices with the strategy fsdp2"
+        _, changes = list(_cheaper_settings(replace(settings, devices=1, strategy=None)))[-1]
+        alone = ", or one and model.frozen_in host" if "model.frozen_in" in changes else ""
+        return f"does not fit, takes {fewest:.1f} GB on each device at the least; use more devices{alone}"
     return f"fits with {_in_words(changes)}" if changes else "fits"
 
 
@@ -211,10 +212,11 @@ def _cheaper_settings(settings: PlanSettings) -> Iterator[tuple[PlanSettings, di
         (settings.dtype == torch.float32, "trainer.precision", "bf16-true"),
         (offload, "model.frozen_in", "host"),
     ]
-    for key, value in ((key, value) for needed, key, value in milder if needed):
-        settings = replace(settings, **{key.partition(".")[2]: value})
-        changes[key] = value
-        yield settings, dict(changes)
+    for needed, key, value in milder:
+        if needed:
+            settings = replace(settings, **{key.partition(".")[2]: value})
+            changes[key] = value
+            yield settings, dict(changes)
     if count is None:
         return
     if set(method.always_train) - {"norm"}:

@@ -139,9 +139,10 @@ def simulate(settings: PlanSettings, active: int, frozen: int, num_checkpointed:
     """
     method = settings.method if settings.method.activated_layers is None else replace(settings.method, activated_layers=active)
     accumulates = settings.accumulate_grad_batches > 1 and rows is None
-    batch_size = rows or settings.batch_size
     length, offloads = settings.max_seq_length, settings.offloads and method.resting_rank > 0
-    work = Workload(batch_size, length, accumulates, settings.autocast, settings.on_gpu, offloads)
+    all_active = (settings.method.activated_layers or 0) >= settings.num_blocks
+    renews = method.ours and rows is None and (all_active or settings.update_proj_gap <= settings.sampler.interval_steps)
+    work = Workload(rows or settings.batch_size, length, accumulates, settings.autocast, settings.on_gpu, offloads, renews)
 
     def simulated() -> StepCosts:
         model = _first_blocks(settings.meta_model, active + frozen)

@@ -41,7 +41,6 @@ class TrainingMethod:
     ours: bool = False  # chunked loss, projection within backward; else all logits, and all gradients at once
     factored: bool = False  # gradients of linear layers are projected as factors, see `project_in_backward`
     keeps_states: bool = False  # optimizer states of blocks that are frozen again stay
-    renews_while_active: bool = False  # a block that has moments renews its subspaces
     lora: dict[str, Any] | None = field(default=None, hash=False)  # of peft's LoraConfig
     resting_rank: int = 0  # in which frozen blocks above the lowest active one train
     distribution: str | None = None  # `uniform`, or None for the config's own
@@ -61,6 +60,7 @@ class Workload:
     autocast: torch.dtype | None = None  # of mixed precision; None computes in the weights' own
     on_gpu: bool = False  # the CPU stands for a GPU: what a step keeps on the host does not count
     offloads: bool = False  # frozen blocks, beside whose weights the device keeps what they learn at rest
+    renews_while_active: bool = False  # any step may, also of blocks that have moments; FLOPs count renewals apart
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def simulate_steps(model: nn.Module, method: TrainingMethod, work: Workload, tra
         everything_has_state = method.keeps_states or method.activated_layers is None
         for renews in (True,) if everything_has_state and method.rank is None else (True, False):
             for group in (group for group in simulation.optimizer.param_groups if "update_proj_gap" in group):
-                group["update_proj_gap"] = 1 if renews or method.renews_while_active else 1 << 30
+                group["update_proj_gap"] = 1 if renews or work.renews_while_active else 1 << 30
             hooks = simulation.watch_gradients(renews)
             consumed = simulation.step(renews)
             for hook in hooks:
@@ -198,7 +198,7 @@ class _Simulation:
             # A hook would call for the gradients that linear layers do without in this step.
             linear = [module for module in decoder_layers(self.model).modules() if isinstance(module, nn.Linear)]
             factors = {own_parameters(module).get("weight") for module in linear}
-            whole = renews or self.method.renews_while_active
+            whole = renews or self.work.renews_while_active
             parameters = [p for p in parameters if p not in factors or (whole and not self._rests(p))]
         hooks = [p.register_hook(lambda gradient: tracker.label("gradients", [gradient])) for p in parameters]
         hooks += [p.register_post_accumulate_grad_hook(begin) for p in parameters]
