@@ -71,7 +71,9 @@ def shipped_data(name: Any) -> Any:
     if isinstance(name, list):
         return [shipped_data(source) for source in name]
     shipped = isinstance(name, str) and name.startswith(("examples/", "configs/scores/"))
-    return str(SHIPPED_FOLDER / name) if shipped and not Path(name).exists() and (SHIPPED_FOLDER / name).exists() else name
+    if shipped and not Path(name).exists() and (SHIPPED_FOLDER / name).exists():
+        return str(SHIPPED_FOLDER / name)
+    return name
 
 
 def configs(argv: list[str]) -> None:

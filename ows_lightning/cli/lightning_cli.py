@@ -57,9 +57,8 @@ class SaveConfig(SaveConfigCallback):
     """Writes a run's ``config.yaml``, for any command: without the checkpoint that this run went on from."""
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
-        config = config.clone()
-        config.ckpt_path = None
-        super().__init__(parser, config, **kwargs)
+        super().__init__(parser, config.clone(), **kwargs)
+        self.config.ckpt_path = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Keeps a training's config where an evaluation without a logger runs in its folder."""

@@ -199,10 +199,10 @@ class InstructionDataModule(LightningDataModule):
     def predict_dataloader(self) -> DataLoader:
         """Test rows as prompts, see `PromptRows` and `collate_prompts`."""
         examples, encoder = self._splits.examples("test"), Encoder(self._encoder().tokenizer, train_on_prompt=True)
-        contents, number = map(json.loads, examples["example"]), len(examples)
-        prompts = ({**content, "messages": formats.split_prompt(content.get("messages", []))[0]} for content in contents)
-        unshown = {"row": range(number), "length": [1] * number, "unshown": [*map(encoder.unshown_parts, prompts)]}
-        warn_of_dropped("test_dataset", unshown, examples["where"], f"{number} rows")
+        rows = [json.loads(example) for example in examples["example"]]
+        prompts = [{**row, "messages": formats.split_prompt(row.get("messages", []))[0]} for row in rows]
+        unshown = {"row": range(len(rows)), "length": [1] * len(rows), "unshown": [*map(encoder.unshown_parts, prompts)]}
+        warn_of_dropped("test_dataset", unshown, examples["where"], f"{len(rows)} rows")
         return self._prompt_dataloader(examples)
 
     def summary(self) -> dict[str, int]:

@@ -264,7 +264,7 @@ class GaLoreAdamW(GradientCapture):
             elif state[moment].dtype != dtype:  # the option has changed
                 state[moment] = state[moment].to(dtype)
         state["step"] += 1
-        return int(state["step"] - state.get("reset_at", 0))
+        return int(state["step"] - state.get("reset_at", 0))  # read once: of a fake tensor every number is 1
 
     @staticmethod
     def _renew(state: dict[str, Any], projector: Tensor, side: Side, moments: str) -> None:
