@@ -99,12 +99,12 @@ _answers = threading.local()  # by name, to transformers' checks of masks; other
 @contextmanager
 def known_mask_checks(padded: bool, packed: bool) -> Iterator[None]:
     """Answers transformers' checks of mask values, which wait for a GPU, in this thread. When they are gone: leave it out."""
-
-    def documents(position_ids: Tensor) -> Tensor | None:
-        return (torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1) if packed else None
-
     _patch_mask_checks()
-    vars(_answers).update(fast_all=lambda mask: not padded, find_packed_sequence_indices=documents)
+    vars(_answers).update(
+        fast_all=lambda mask: not padded,
+        find_packed_sequence_indices=lambda at: (at.diff(prepend=at[:, :1] - 1) != 1).cumsum(-1) if packed else None,
+        warn_if_padding_and_no_attention_mask=lambda *args: None,
+    )
     try:
         yield
     finally:
@@ -113,13 +113,15 @@ def known_mask_checks(padded: bool, packed: bool) -> Iterator[None]:
 
 @functools.cache
 def _patch_mask_checks() -> None:
-    from transformers import masking_utils
+    from transformers import PreTrainedModel, masking_utils
 
     def answered(check: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: getattr(_answers, check.__name__, check)(*args, **kwargs)
 
-    for name in {"fast_all", "find_packed_sequence_indices"} & vars(masking_utils).keys():
-        setattr(masking_utils, name, answered(getattr(masking_utils, name)))
+    checks = {"fast_all", "find_packed_sequence_indices", "warn_if_padding_and_no_attention_mask"}
+    for owner in (masking_utils, PreTrainedModel):
+        for name in checks & vars(owner).keys():
+            setattr(owner, name, answered(getattr(owner, name)))
 
 
 def keep_in_float32_(model: Any, dtype: torch.dtype) -> None:

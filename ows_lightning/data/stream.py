@@ -62,8 +62,7 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
     def _rows(self, block: Sequence[dict[str, str]], number: int) -> list[Item]:
         batch = {name: [entry[name] for entry in block] for name in ("where", "example")}
         where, pairs = batch["where"], [*zip(*batch.values(), strict=True)]
-        indices = [*map(pairs.index, pairs)]  # a short stream has a row several times
-        columns = encode(batch, indices, self.encoder, find_unshown=number == 0)
+        columns = encode(batch, [*map(pairs.index, pairs)], self.encoder, find_unshown=number == 0)  # streams may repeat rows
         documents = [(ids, labels) for ids, labels in zip(columns["input_ids"], columns["labels"], strict=True) if ids]
         if number == 0:
             if not documents:
