@@ -277,8 +277,7 @@ def _read_csv(file: Path, source: DataSource) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(1 << 30)
     lines = (line for _, line in _lines(file, source))
     header, known = next(lines, ""), "\t" if _suffix_of(file) == ".tsv" else ",;\t"
-    names = re.sub('"[^"]*"', "", header)  # those in quotes may have any mark in them
-    delimiter = next((mark for mark in known if mark in names), known[0])
+    delimiter = next((mark for mark in known if mark in re.sub('"[^"]*"', "", header)), known[0])  # quoted ones tell nothing
     reader = csv.DictReader(itertools.chain([header], lines), strict=True, delimiter=delimiter)
     try:
         if twice := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]:

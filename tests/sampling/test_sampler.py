@@ -21,6 +21,7 @@ from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.sampler import BlockSampler
 from ows_lightning.sampling.scores import BlockScores
+from tests.models import architectures
 from tests.tiny import tiny_batch, tiny_model
 
 SETTINGS: dict[str, Any] = {"activated_layers": 1, "interval_steps": 2, "distribution": "uniform"}
@@ -274,6 +275,28 @@ def test_blocks_that_the_user_froze_do_not_train_at_rest() -> None:
     assert sampler.resting_blocks([1]) == [3, 5]
     assert sampler.trained_blocks() == {1, 3, 5}
     assert sampler.resting_blocks([]) == []  # an overridden `blocks_of` may draw none
+
+
+@pytest.mark.parametrize(("drawn", "resting"), [(3, [2]), (2, [3]), (1, [2, 3])])
+def test_blocks_above_one_that_shares_weights_with_an_active_block_rest(
+    drawn: int, resting: list[int], tmp_path: Path
+) -> None:
+    model = architectures.tiny_model(architectures.tiny_config("zamba2")).train()
+    sampler = BlockSampler(1, 2, [0.25] * 4, always_train=(), resting_rank=2)
+    sampler.blocks_of = lambda interval: [drawn]  # type: ignore[method-assign]
+    sampler.attach(model)  # blocks 1 and 3 share a transformer
+    optimizer = GaLoreAdamW(galore_param_groups(model, rank=4), lr=1e-2)
+    sampler.start(0, [optimizer], lambda: sampler.compute_scores(model, None))
+    before = [[p.detach().clone() for p in block.parameters()] for block in decoder_layers(model)]
+    model(**tiny_batch(2, 8), use_cache=False).loss.backward()
+    optimizer.step()
+    pairs = [zip(block.parameters(), old, strict=True) for block, old in zip(decoder_layers(model), before, strict=True)]
+    changed = [block for block, weights in enumerate(pairs) if any(not torch.equal(p, old) for p, old in weights)]
+    assert sampler.resting_blocks([drawn]) == resting
+    assert sampler.trained_blocks() == {drawn, *resting} == {*changed} - ({1} if drawn == 3 else set())
+    sampler.write(tmp_path)
+    row = (tmp_path / "sampling_history.csv").read_text().splitlines()[1]
+    assert row == f"0,0,{drawn},{' '.join(map(str, resting))}"
 
 
 def test_a_last_interval_that_is_cut_short_is_planned_too() -> None:
