@@ -103,7 +103,8 @@ class RunSummary(Callback):
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]  # it leaves no files
             return
         if self.first_step in (None, trainer.global_step):  # a resumed run that had ended
-            limit = "max_time, which earlier runs have used up" if time_is_up(trainer.callbacks) else "max_steps"  # type: ignore[attr-defined]
+            limit = "max_steps" if 0 <= trainer.max_steps <= trainer.global_step else "max_epochs"
+            limit = "max_time, which earlier runs have used up" if time_is_up(trainer.callbacks) else limit  # type: ignore[attr-defined]
             log.warning("Nothing was trained: the checkpoint is of step %d already; raise %s", trainer.global_step, limit)
         if after := _logged_metrics(trainer, *_SHOWN_METRICS):
             when = "training" if self.validated_step == trainer.global_step else f"step {self.validated_step}"

@@ -54,17 +54,18 @@ class ChoiceRows(Dataset[list[dict[str, Any]]]):
 def choices_of(example: Example, row_name: str) -> tuple[list[str], int]:
     """Returns an example's choices and the index of the right one; no choices for an example that is not multiple choice.
 
-    Columns ``choices`` (texts) and ``answer`` (one of them, its index from 0, or its letter) say so, or a question that ends
-    with ``Answer format: a/b/...`` and an ``answer`` of these. Others are refused.
+    Columns ``choices`` (texts) and ``answer`` (one of them, its index from 0, or its letter; by default the row's
+    answer) say so, or a question that ends with ``Answer format: a/b/...`` and an ``answer`` of these. Others are refused.
     """
+    question, reference = split_prompt(example.get("messages", []))
     options, answer = example.get("choices"), example.get("answer")
+    answer = reference if answer is None and isinstance(options, list) and reference in options else answer
     if "messages" not in example or answer is None:
         return [], -1
     if options is not None:
         if not isinstance(options, list) or len(options) < 2 or not all(isinstance(option, str) for option in options):
             raise UsageError(f"{row_name}: 'choices' must be a list of two texts or more")
         return options, _index(answer, options, row_name)
-    question, reference = split_prompt(example["messages"])
     found = _ANSWER_FORMAT.search(question[-1]["content"] or "") if question else None
     if found is None:
         return [], -1

@@ -33,9 +33,7 @@ def operator_flops(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], re
         return _attention(1, 1, *args[:3])
     if packet is _ITS_BACKWARD:
         return _attention(3, 2, *args[1:4])
-    if packet is aten._grouped_mm:  # experts: each row meets the matrix of one of them
-        return 2 * prod(args[0].shape) * int(args[1].shape[-1])
-    return 0
+    return 2 * prod(args[0].shape) * int(args[1].shape[-1]) if packet is aten._grouped_mm else 0  # a row meets one expert
 
 
 def _attention(with_keys: int, with_values: int, query: Tensor, key: Tensor, value: Tensor) -> int:

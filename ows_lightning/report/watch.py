@@ -102,7 +102,7 @@ def watch(run: Path, port: int = 0) -> None:
     with tempfile.TemporaryDirectory() as output, serve(Page(run, Path(output)), port) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
-            print(f"{run}: http://127.0.0.1:{server.server_address[1]}/ (until the run ends, or Ctrl-C)", flush=True)
+            print(f"{run}: http://127.0.0.1:{server.server_address[1]}/ (until a run in progress ends, or Ctrl-C)", flush=True)
             was_running = False
             while (running := is_running(run)) or not was_running:
                 was_running = was_running or running

@@ -196,6 +196,8 @@ def test_a_long_prompt_is_shown_by_its_ends(tmp_path: Path) -> None:
     ("limits", "said"),
     [
         ({"max_steps": 0, "max_time": "00:01:00:00"}, "raise max_steps"),
+        ({"max_epochs": 0}, "raise max_epochs"),
+        ({"max_epochs": 0, "max_steps": 100}, "raise max_epochs"),
         ({"max_steps": 2, "max_time": "00:00:00:00"}, "raise max_time, which earlier runs have used up"),
     ],
 )

@@ -122,6 +122,16 @@ def test_the_answer_in_a_reference_is_replaced(form: str, answer: object, output
     assert form.split("/")[right] == str(answer).lower()
 
 
+@pytest.mark.parametrize(
+    ("form", "question", "column"), [("alpaca", "instruction", "output"), ("prompt_completion", "prompt", "completion")]
+)
+def test_the_right_choice_may_be_what_the_row_answers(form: str, question: str, column: str) -> None:
+    row = {question: "Is 3 even?", column: "no", "choices": ["yes", "no"]}
+    assert choices_of(to_example(row, form, "row 1"), "row 1") == (["yes", "no"], 1)
+    assert choices_of(to_example({**row, "answer": 0}, form, "row 1"), "row 1") == (["yes", "no"], 0)
+    assert choices_of(to_example({**row, column: "It isn't."}, form, "row 1"), "row 1") == ([], -1)
+
+
 def test_other_rows_have_none() -> None:
     messages = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "that"}]
     assert choices_of({"messages": messages, "answer": "that"}, "row 1") == ([], -1)
