@@ -214,9 +214,8 @@ def open_dataset(source: DataSource, streaming: bool = False) -> Any:
         raise source.error(f"'{source.name}' has no rows") from None
     except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         inner = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
-        reason = first_line(inner or error)
-        fault = f"'{source.name}' is neither a local file nor a data set that the hub gives us: {reason}"
-        raise source.error(fault) from error
+        why = first_line(inner or error)
+        raise source.error(f"'{source.name}' is neither a local file nor a data set that the hub gives us: {why}") from error
 
 
 def _one_split(data: Any, source: DataSource) -> Any:
@@ -277,7 +276,8 @@ def _read_csv(file: Path, source: DataSource) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(1 << 30)
     lines = (line for _, line in _lines(file, source))
     header, known = next(lines, ""), "\t" if _suffix_of(file) == ".tsv" else ",;\t"
-    delimiter = next((mark for mark in known if mark in re.sub('"[^"]*"', "", header)), known[0])  # quoted ones tell nothing
+    names = re.sub('"[^"]*"', "", header)  # those in quotes may have any mark in them
+    delimiter = next((mark for mark in known if mark in names), known[0])
     reader = csv.DictReader(itertools.chain([header], lines), strict=True, delimiter=delimiter)
     try:
         if twice := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]:

@@ -224,8 +224,7 @@ def _cheaper_settings(settings: PlanSettings) -> Iterator[tuple[PlanSettings, di
         changes["sampling.always_train"] = ["norm"]
         yield replace(settings, method=method), dict(changes)
     while (count := count // 2) > 0:
-        fewer = replace(settings, method=replace(method, activated_layers=count))
-        yield fewer, {**changes, "sampling.activated_layers": count}
+        yield replace(settings, method=replace(method, activated_layers=count)), changes | {"sampling.activated_layers": count}
 
 
 def write_config_for_card(config: Any, card: str, folder: Path) -> str:

@@ -353,7 +353,7 @@ class BlockSampler:
         """Returns the blocks that train at rest while others are active: with a `resting_rank`, all above the lowest."""
         count = 0 if self.probabilities is None or not self.resting_rank else len(self.probabilities)
         can_rest = [any(p.size(-1) > self.resting_rank for p in activation.block_matrices([block])) for block in self._blocks]
-        first = {p: block for block in reversed(range(len(self._blocks))) for p in self._blocks[block].values()}
+        first = {p: index for index, block in reversed([*enumerate(self._blocks)]) for p in block.parameters()}
         lowest = min((first[p] for p in self.weights_of(active)) if first else active, default=count)  # Zamba shares weights
         return [block for block in range(lowest + 1, count) if block not in active and (not can_rest or can_rest[block])]
 
