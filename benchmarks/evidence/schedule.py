@@ -27,12 +27,14 @@ def choose_rate(rates: Sequence[float], loss: Callable[[float], float]) -> float
     """Returns the rate with the lowest loss; the grid grows by its own factor while the best lies at an edge.
 
     Args:
-        rates: Three rates or more, ascending.
+        rates: Three rates or more, ascending; or one, which then is given, not chosen.
         loss: The validation loss of a rate; infinite where training broke down.
 
     Raises:
         RuntimeError: Every rate breaks down, or the best one still lies at an edge of the widened grid.
     """
+    if len(rates) == 1:
+        return rates[0]
     losses = {rate: loss(rate) for rate in rates}
     factor = rates[1] / rates[0]
     for _ in range(WIDENING + 1):

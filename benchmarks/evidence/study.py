@@ -86,8 +86,8 @@ class Study:
         if missing := {self.reference, *self.tune_on, *in_rounds} - set(names):
             raise ValueError(f"{self.name}: no method is called {sorted(missing)[0]!r}; methods: {', '.join(names)}")
         for rates in (self.rates, *(method.rates for method in self.methods if method.rates)):
-            if len(rates) < 3 or list(rates) != sorted(set(rates)):
-                raise ValueError(f"{self.name}: rates {list(rates)} must be three or more, ascending")
+            if len(rates) in (0, 2) or list(rates) != sorted(set(rates)):
+                raise ValueError(f"{self.name}: rates {list(rates)} must be three or more, ascending, or one that is given")
 
     def method(self, name: str) -> Method:
         """Returns a method by its name."""
@@ -111,7 +111,7 @@ def load(name: str) -> Study:
 
     Raises:
         FileNotFoundError: There is no such study; names those that there are.
-        ValueError: A seed both chooses and counts, a method is missing, or there are fewer than three rates.
+        ValueError: A seed both chooses and counts, a method is missing, or there are no or two rates.
     """
     path = Path(name) if name.endswith(".yaml") else STUDIES / f"{name}.yaml"
     if not path.is_file():

@@ -102,6 +102,10 @@ def test_the_grid_grows_until_the_best_rate_lies_within(best):
     assert chosen in tried
 
 
+def test_a_single_rate_is_given():
+    assert choose_rate((2e-3,), lambda rate: math.inf) == 2e-3
+
+
 def test_a_rate_at_the_edge_of_every_grid_is_refused():
     with pytest.raises(RuntimeError, match="edge"):
         choose_rate((1e-4, 3e-4, 1e-3), lambda rate: -rate)
