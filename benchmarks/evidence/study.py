@@ -46,7 +46,8 @@ class Study:
         batch_size: Rows in an optimizer step.
         methods: What is compared.
         reference: The method that the others are compared with.
-        rates: The grid of learning rates, for methods without their own; widened while the best lies at an edge.
+        rates: The grid of learning rates, for methods without their own; widened while the best lies at an edge; or the one
+            that all of them get.
         tune_seeds: Seeds of the runs that choose the rate, on the validation split.
         tune_on: The methods that choose one rate for all; empty where each method has its own.
         seeds: Seeds of the runs that count, on the test split; none of them is in ``tune_seeds``.
@@ -111,7 +112,7 @@ def load(name: str) -> Study:
 
     Raises:
         FileNotFoundError: There is no such study; names those that there are.
-        ValueError: A seed both chooses and counts, a method is missing, or there are no or two rates.
+        ValueError: A seed both chooses and counts, a method is missing, or a grid has two rates or none.
     """
     path = Path(name) if name.endswith(".yaml") else STUDIES / f"{name}.yaml"
     if not path.is_file():
