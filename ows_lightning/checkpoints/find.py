@@ -37,7 +37,7 @@ def find_checkpoint(ckpt_path: str, *places: Path) -> str | Path | None:
 
 def _checkpoint_folders(place: Path) -> Iterator[Path]:
     """Yields the folders of checkpoints below a folder, the newest run's first."""
-    runs = [run for run in place.glob("version_*") if run.name[8:].isdigit()]
+    runs = [run for run in place.glob("version_*") if run.name[8:].isdecimal()]
     for run in sorted(runs, key=lambda run: int(run.name[8:]), reverse=True):
         yield run / "checkpoints"
     yield from (place / "checkpoints", place)

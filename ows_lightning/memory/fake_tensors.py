@@ -44,10 +44,9 @@ class FakeOperators:
         if func is aten.split.Tensor and not torch.is_grad_enabled():  # work chunk by chunk
             tensor, size, dim = (*args, 0)[:3]
             starts = range(0, tensor.size(dim), size)
-            if len(starts) > 3 and self._merge_chunks:
-                return [self(aten.slice.Tensor, (tensor, dim, 0, tensor.size(dim)), {})]
             if len(starts) > 3:  # from the second on, each meets its predecessor's leftovers, and the last may be smaller
-                return [self(aten.slice.Tensor, (tensor, dim, at, at + size), {}) for at in (0, size, starts[-1])]
+                chunks = [(0, tensor.size(dim))] if self._merge_chunks else [(at, at + size) for at in (0, size, starts[-1])]
+                return [self(aten.slice.Tensor, (tensor, dim, *chunk), {}) for chunk in chunks]
         inputs = (*args, *kwargs.values())
         key = func, tuple(kwargs), _layout(inputs)
         if key not in self._results:

@@ -239,6 +239,6 @@ def number_of_devices(devices: Any) -> int:
         return len(devices)
     if str(devices) in ("auto", "-1"):
         return 0
-    if not str(devices).isdigit() or int(devices) < 1:
+    if not str(devices).isdecimal() or int(devices) < 1:
         raise UsageError(f"trainer.devices: '{devices}' is no number of devices; give 1 or more, a list of indices, or auto")
     return int(devices)

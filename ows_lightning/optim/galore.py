@@ -292,6 +292,8 @@ def check_options(options: dict[str, Any]) -> None:
             fault = "must be a whole number"
         elif name in _CHOICES and value not in _CHOICES[name]:
             fault = f"must be {' or '.join(_CHOICES[name])}"
+        elif name == "betas" and len(value) != 2:
+            fault = "must be two numbers"
         elif name == "betas" and not all(0 <= beta < 1 for beta in value):
             fault = "must be at least 0 and less than 1"
         elif name == "rank" and not (value is None or (isinstance(value, Integral) and int(value) >= 1)):

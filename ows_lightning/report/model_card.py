@@ -53,7 +53,9 @@ def _method(settings: Mapping[str, Any], run: RunRecord | None) -> str:
 def without_folders(value: Any) -> Any:
     """Returns settings with absolute paths reduced to file names: a published card should not show the machine's folders."""
     if isinstance(value, Mapping):
-        return {without_folders(key): without_folders(one) for key, one in value.items()}
+        names = [without_folders(key) for key in value]
+        names = [f"{name} ({names[:at].count(name) + 1})" if name in names[:at] else name for at, name in enumerate(names)]
+        return {name: without_folders(one) for name, one in zip(names, value.values(), strict=True)}
     if isinstance(value, (list, tuple)):
         return [without_folders(one) for one in value]
     if isinstance(value, (str, Path)) and (Path(value).is_absolute() or str(value).startswith("~")):

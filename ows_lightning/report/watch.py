@@ -90,7 +90,6 @@ def serve(page: Page, port: int) -> ThreadingHTTPServer:
         server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     except (OSError, OverflowError) as error:
         raise UsageError(f"port: can't listen on 127.0.0.1:{port} ({error}); give another, or leave it out") from error
-    server.daemon_threads = True
     hosts = {f"{name}:{server.server_address[1]}" for name in ("127.0.0.1", "localhost")}
     return server
 

@@ -42,16 +42,14 @@ def _loss(name: str, by: str, x: tables.XAxis) -> Picture:
     return Picture(name, f"Loss by {by}.", partial(plots.plot_loss, x=x), partial(tables.loss_table, x=x))
 
 
-def _metric(name: str, what: str, plot: Callable[[Any], Any], metric: str) -> Picture:
-    return Picture(name, f"{what} optimizer step.", plot, partial(tables.metric_table, metric=metric))
-
-
+_MEMORY_CAPTION = "Most memory held up to each optimizer step."
+_SPEED_CAPTION = "Tokens per second by optimizer step."
 COMPARISONS = (
     _loss("loss", "optimizer step", "step"),
     _loss("loss_by_tokens", "training tokens seen", "tokens"),
     _loss("loss_by_time", "time since the start", "time_s"),
-    _metric("memory", "Most memory held up to each", plots.plot_memory, "peak_memory_mb"),
-    _metric("throughput", "Tokens per second by", plots.plot_throughput, "tokens_per_second"),
+    Picture("memory", _MEMORY_CAPTION, plots.plot_memory, partial(tables.metric_table, metric="peak_memory_mb")),
+    Picture("throughput", _SPEED_CAPTION, plots.plot_throughput, partial(tables.metric_table, metric="tokens_per_second")),
 )
 _SCORES_CAPTION = "Score of each block, and the probability with which it is drawn."
 _FREQUENCY_CAPTION = "Share of the intervals in which each block trained, and the share that its probability makes expect."

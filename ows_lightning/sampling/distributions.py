@@ -92,4 +92,4 @@ def _normalised(scores: Tensor, key: str = "scores", hint: str = "") -> Tensor:
     total = scores.sum()
     if total == 0:
         raise UsageError(f"{key}: all {len(scores)} are zero, {hint}")
-    return scores / total
+    return scores / total if total.isfinite() else _normalised(scores / len(scores), key, hint)

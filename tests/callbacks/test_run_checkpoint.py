@@ -285,6 +285,11 @@ def test_folders_are_left_out_everywhere() -> None:
     }
 
 
+def test_a_mixture_of_files_of_one_name_keeps_all_its_sources() -> None:
+    mixture = {"/a/train.jsonl": 1.0, "/b/train.jsonl": 3.0, "/c/other.jsonl": 2.0}
+    assert without_folders(mixture) == {"train.jsonl": 1.0, "train.jsonl (2)": 3.0, "other.jsonl": 2.0}
+
+
 class WritesInPlace(TorchCheckpointIO):
     """As fsspec does where the folder for temporary files is on another device."""
 

@@ -86,6 +86,11 @@ def test_last_is_the_newest_of_files_that_were_copied_within_one_tick(saved: Pat
     assert find_checkpoint("last", tmp_path) == saved / "last.ckpt"
 
 
+def test_a_folder_whose_number_is_none_is_no_run(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "version_²").mkdir()
+    assert find_checkpoint("last", tmp_path) == saved / "second.ckpt"
+
+
 @pytest.mark.slow
 def test_a_bit_anywhere_in_a_folder_of_shards(arguments: Arguments, tmp_path: Path) -> None:  # noqa: F811
     command = arguments(

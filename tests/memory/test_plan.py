@@ -465,6 +465,12 @@ def test_adapters_of_some_layers_are_counted_in_those(directory: Path) -> None:
 # ---------------------------------------------------------------------- several devices
 
 
+@pytest.mark.parametrize("devices", ["two", "²", -2])
+def test_what_is_no_number_of_devices_is_refused(devices: str | int, directory: Path) -> None:
+    with pytest.raises(UsageError, match=f"trainer.devices: '{devices}' is no number of devices"):
+        settings_from_config(make_config(directory, trainer__devices=devices, trainer__strategy="fsdp2"))
+
+
 def test_a_number_of_devices_that_is_not_given_counts_as_one(directory: Path) -> None:
     def notes(**trainer: Any) -> str:
         return "\n".join(plan_from_config(make_config(directory, **trainer), ["ows"]).notes)

@@ -447,6 +447,7 @@ def test_a_process_may_hold_none_of_the_experts() -> None:
         ({"lr": float("nan")}, "at least 0"),
         ({"eps": -1.0}, "at least 0"),
         ({"betas": (0.9, 1.0)}, "at least 0 and less than 1"),
+        ({"betas": (0.9, 0.99, 0.999)}, "two numbers"),
         ({"moments_dtype": "float8"}, "float32 or bfloat16"),
         ({"state_warmup_steps": -1}, "at least 0"),
         ({"state_warmup_steps": 1.5}, "a whole number"),

@@ -54,6 +54,10 @@ def test_distributions_without_a_score_need_none(distribution: str) -> None:
     assert torch.equal(without, given)
 
 
+def test_weights_whose_sum_overflows_are_weights() -> None:
+    assert sampling_probabilities([1.0, 1.0], [1e308, 1e308]).tolist() == [0.5, 0.5]
+
+
 @pytest.mark.parametrize(
     ("ratios", "distribution", "message"),
     [
