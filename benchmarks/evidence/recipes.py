@@ -119,7 +119,7 @@ class SlowRest(Callback):
         """Takes the settings of each weight's update over."""
         (optimizer,) = trainer.optimizers
         assert isinstance(optimizer, galore.GaLoreAdamW)
-        optimizer._update_arguments = partial(self._settings, optimizer, optimizer._update_arguments)  # type: ignore[method-assign]
+        optimizer._advance_state = partial(self._settings, optimizer, optimizer._advance_state)  # type: ignore[method-assign]
 
     def _settings(
         self, optimizer: galore.GaLoreAdamW, settings: Callable[..., dict[str, Any]], p: nn.Parameter, *which: Any

@@ -221,40 +221,29 @@ class GaLoreAdamW(GradientCapture):
         if p in self._new_projectors:
             self._renew(state, self._new_projectors.pop(p), side, group["moments_at_renewal"])
         projector: Tensor | None = local(self.resting_projectors[p] if rests else state["projector"])
-        step = self._advance_state(state, gradient, group)
-        settings = self._update_arguments(p, step, group) | {"side": side, "scale": group.get("scale", 1.0)}
-        weight = local(p)
+        settings = self._advance_state(p, gradient, group) | {"side": side, "scale": group.get("scale", 1.0)}
+        weight, moments = local(p), (local(state["exp_avg"]), local(state["exp_avg_sq"]))
         if rests:  # decay would shrink all of a weight of which a few directions learn
             settings["weight_decay"] = 0.0
         if rests and p in self._merge_callbacks:  # B <- B - lr * scale * Adam(R)
             if "update" not in state:
                 state["update"] = torch.zeros_like(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
             weight, projector, settings["round_weights"] = state["update"], None, False
-        moments = local(state["exp_avg"]), local(state["exp_avg_sq"])
-        projected_adamw_(weight, local(gradient), projector, *moments, step, **settings)
+        projected_adamw_(weight, local(gradient), projector, *moments, **settings)
 
     def _step_full_rank(self, p: Tensor, group: dict[str, Any]) -> None:
         """AdamW in full rank; large tensors in parts, for small temporaries."""
         state, gradient = self.state[p], p.grad
         assert gradient is not None
-        step = self._advance_state(state, gradient, group)
-        settings = self._update_arguments(p, step, group)
+        settings = self._advance_state(p, gradient, group)
         rows = rows_at_a_time(p.numel() // p.size(0), p.device) if p.dim() else 1
         tensors = [torch.atleast_1d(local(t)) for t in (p, gradient, state["exp_avg"], state["exp_avg_sq"])]
         for weight, gradient, exp_avg, exp_avg_sq in zip(*(t.split(rows) for t in tensors), strict=True):
-            projected_adamw_(weight, gradient, None, exp_avg, exp_avg_sq, step, **settings)
+            projected_adamw_(weight, gradient, None, exp_avg, exp_avg_sq, **settings)
 
-    def _update_arguments(self, p: Tensor, step: int, group: dict[str, Any]) -> dict[str, Any]:
-        """The settings of a parameter's update number ``step``, see `_advance_state`; a generator only where it rounds."""
-        lr = group["lr"] * min(1.0, step / (group["state_warmup_steps"] + 1))
-        settings = {"lr": lr, **{key: group[key] for key in ("betas", "eps", "weight_decay")}, "generator": None}
-        settings["round_weights"] = group["stochastic_rounding"] and p.dtype == torch.bfloat16
-        if settings["round_weights"] or self.state[p]["exp_avg"].dtype == torch.bfloat16:
-            settings["generator"] = self._rounding_generator(p, self.state[p]["exp_avg"].device)
-        return settings
-
-    def _advance_state(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> int:
-        """Makes moments, or converts them to the configured dtype, and returns the number of their coming step, from 1."""
+    def _advance_state(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """Makes moments, or converts them to the configured dtype; returns the settings of their coming step."""
+        state = self.state[p]
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")  # sharded checkpoints want a tensor
         dtype = torch.bfloat16 if group["moments_dtype"] == "bfloat16" else torch.promote_types(gradient.dtype, torch.float32)
@@ -264,7 +253,13 @@ class GaLoreAdamW(GradientCapture):
             elif state[moment].dtype != dtype:  # the option has changed
                 state[moment] = state[moment].to(dtype)
         state["step"] += 1
-        return int(state["step"] - state.get("reset_at", 0))  # read once: of a fake tensor every number is 1
+        step = int(state["step"] - state.get("reset_at", 0))  # read once: of a fake tensor every number is 1
+        settings = {"step": step, **{key: group[key] for key in ("betas", "eps", "weight_decay")}}
+        settings["lr"] = group["lr"] * min(1.0, step / (group["state_warmup_steps"] + 1))
+        settings["round_weights"] = group["stochastic_rounding"] and p.dtype == torch.bfloat16
+        if settings["round_weights"] or state["exp_avg"].dtype == torch.bfloat16:
+            settings["generator"] = self._rounding_generator(p, state["exp_avg"].device)
+        return settings
 
     @staticmethod
     def _renew(state: dict[str, Any], projector: Tensor, side: Side, moments: str) -> None:

@@ -60,10 +60,10 @@ class ProjectedLinear(nn.Linear):
 
 def _project_once(input: Tensor, projector: Tensor) -> Tensor:
     """X Q, the same tensor for all layers that have both, as q, k and v of an attention do; it is kept as long as X."""
-    seen, version, projected = getattr(input, "_projected", (None, 0, input))
+    seen, version, projected = getattr(input, "projected", (None, 0, input))
     if seen is not projector or version != version_counter(input):
         projected = input.detach() @ projector
-        input._projected = projector, version_counter(input), projected  # type: ignore[attr-defined]
+        input.projected = projector, version_counter(input), projected  # type: ignore[attr-defined]
     return projected
 
 

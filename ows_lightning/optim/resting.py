@@ -69,10 +69,9 @@ class RestingWeights(Optimizer):
             self._discard_gradients(p)
             if p in resting:
                 self.state[p]["rest"] = torch.full((rank,), seed)  # sharded checkpoints want tensors
-        self._make_projectors(concerned)
+        self._make_projectors(concerned)  # now: a pass's activations would lie around them, and leave gaps in host memory
 
     def _make_projectors(self, weights: Iterable[Tensor]) -> None:
-        # Before a pass, whose activations would lie around them: in host memory few of the gaps between are used again.
         for p in [p for p in weights if p not in self._merge_callbacks and p not in self.resting_projectors]:
             if (q := self.resting_projector(p)) is not None and self.ddp_averaging:
                 dist.broadcast(q if p.dim() == 2 else q[0], src=0)  # another CPU may round differently
@@ -122,11 +121,12 @@ class RestingWeights(Optimizer):
         state = self.state[p]
         device = (state.get("exp_avg", p) if p in self._merge_callbacks else p).device  # where it computes: p may be offloaded
         if (q := self.resting_projectors.get(p)) is None or q.device != device:
+            rank, seed = state["rest"].numel(), int(state["rest"][0])
             layout = (p.device_mesh, p.placements) if is_sharded(p) else None
-            key = int(state["rest"][0]), state["rest"].numel(), *p.shape[:-2], p.size(-1), p.dtype, device, layout
+            key = rank, seed, *p.shape[:-2], p.size(-1), p.dtype, device, layout
             if (q := self._shared_projectors.get(key)) is None:
                 with torch.inference_mode(False):  # else it could not be saved for backward later
-                    q = shard_state(_resting_subspace(p, state["rest"]).to(device), p, "right", is_projector=True)
+                    q = shard_state(random_subspace(p, rank, seed).to(device), p, "right", is_projector=True)
                 self._shared_projectors[key] = q
             self.resting_projectors[p] = q
         return q
@@ -156,10 +156,6 @@ def merged_weights(weights: Mapping[str, Tensor], optimizers: Iterable[Mapping[s
             number, state, seed, rounds = updates[name]
             noise = torch.Generator(weight.device).manual_seed(seed) if rounds and weight.dtype == torch.bfloat16 else None
             weight = weight.detach().clone()
-            merge_update_(weight, state["update"], _resting_subspace(weight, state["rest"]), noise)
+            projector = random_subspace(weight, state["rest"].numel(), int(state["rest"][0]))
+            merge_update_(weight, state["update"], projector, noise)
         yield name, weight
-
-
-def _resting_subspace(weight: Tensor, rest: Tensor) -> Tensor:
-    """Q of a weight at rest, from the seed of the rest period, given once for each column."""
-    return random_subspace(weight, rest.numel(), int(rest[0]))

@@ -112,12 +112,6 @@ def track_frozen(model: nn.Module) -> set[nn.Parameter]:
     return frozen
 
 
-def unfreeze_tracked(model: nn.Module, frozen: set[nn.Parameter]) -> None:
-    """Unfreezes what is in the set that `track_frozen` returned, unless another sampler has the model by now."""
-    if getattr(language_model_of(model), "frozen_by_sampling", None) is frozen:
-        unfreeze(model)
-
-
 def _freeze_again_after(layer: Any, change: Callable[..., None], frozen: set[nn.Parameter], *args: Any, **kwargs: Any) -> None:
     change(layer, *args, **kwargs)
     for p in layer.parameters():

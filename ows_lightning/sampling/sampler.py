@@ -263,8 +263,8 @@ class BlockSampler:
 
     def release(self) -> None:
         """Unfreezes what was frozen, and drops the references to the model; what rests does so until the optimizer ends it."""
-        if self._model is not None:
-            activation.unfreeze_tracked(self._model, self._frozen)
+        if self._model is not None and getattr(language_model_of(self._model), "frozen_by_sampling", None) is self._frozen:
+            activation.unfreeze(self._model)  # else another sampler has it by now
         self._model, self._blocks, self._others, self._frozen = None, [], {}, set()
 
     def warn_of_never_trained(self) -> None:
