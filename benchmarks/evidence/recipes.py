@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from ows_lightning import LayerwiseSampling
 from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.optim import galore
+from ows_lightning.optim import galore, resting
 from ows_lightning.optim.projected_adamw import adam_
 from ows_lightning.sampling.inclusion import inclusion_probabilities
 
@@ -103,6 +103,25 @@ class KeptRest(Callback):
         for optimizer in optimizers:
             begins = [p for p, state in optimizer.state.items() if state.keys() == {"rest"} and p in self._kept]
             optimizer.state.update({p: self._kept[p] for p in begins})
+
+
+class SharedSubspaces(Callback):
+    """Gives weights of one width whose rest begins together one subspace, which depends on the draw's seed alone.
+
+    A package that took this over would keep one Q instead of a block's seven, and one X Q for all layers of one input.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Takes the choice of subspaces over."""
+        self._rule, resting._resting_subspace = resting._resting_subspace, self._subspace
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Gives it back."""
+        resting._resting_subspace = self._rule
+
+    @staticmethod
+    def _subspace(weight: Tensor, rest: Tensor, number: int) -> Tensor:
+        return resting.random_subspace(weight, rest.numel(), int(rest[0]))
 
 
 class SlowRest(Callback):

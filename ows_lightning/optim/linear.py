@@ -38,7 +38,7 @@ class ProjectedLinear(nn.Linear):
         projector = None if consumer is None else consumer.resting_projector(weight)
         projected: Tensor | None = None
         if projector is not None and projector.dtype == input.dtype:
-            projected = _project_once(input, projector) if update is None else input @ projector
+            projected = (input.detach() if update is None else input) @ projector
         if update is not None:
             learned = F.linear(input @ update[1] if projected is None else projected, update[0].to(input.dtype))
         if consumer is None:
@@ -56,15 +56,6 @@ class ProjectedLinear(nn.Linear):
         if name != "weight" or self.update is None:
             return value
         return value + self.update[0].to(value.dtype) @ self.update[1].mT
-
-
-def _project_once(input: Tensor, projector: Tensor) -> Tensor:
-    """X Q, the same tensor for all layers that have both, as q, k and v of an attention do; it is kept as long as X."""
-    seen, version, projected = getattr(input, "projected", (None, 0, input))
-    if seen is not projector or version != version_counter(input):
-        projected = input.detach() @ projector
-        input.projected = projector, version_counter(input), projected  # type: ignore[attr-defined]
-    return projected
 
 
 def set_updates(block: nn.Module, updates: Mapping[Tensor, tuple[Tensor, Tensor]]) -> dict[ProjectedLinear, Tensor]:

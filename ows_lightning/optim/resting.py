@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -11,7 +10,7 @@ from torch.optim import Optimizer
 
 from ows_lightning.errors import UsageError
 from ows_lightning.optim.projected_adamw import merge_update_
-from ows_lightning.optim.sharding import is_sharded, local, shard_state
+from ows_lightning.optim.sharding import local, shard_state
 from ows_lightning.optim.subspace import derived_seed, random_subspace
 
 
@@ -26,7 +25,6 @@ class RestingWeights(Optimizer):
         self._group_and_index: dict[Tensor, tuple[dict[str, Any], int]] = {}  # each parameter's group, and its number
         self._draw_seed = 0  # of the latest draw
         self.resting_projectors: dict[Tensor, Tensor] = {}  # made again where they are missing
-        self._shared_projectors: WeakValueDictionary[Any, Tensor] = WeakValueDictionary()  # by all that they depend on
         self._merge_callbacks: dict[Tensor, Callable[[Sequence[Tensor]], None]] = {}  # see ``keep_updates_separate``
 
     def _index_parameters(self) -> None:
@@ -38,7 +36,7 @@ class RestingWeights(Optimizer):
         """Lets these matrices, and no others, train at rest from now on, between two steps: in a random subspace.
 
         A resting weight keeps one subspace, Q of shape (n, r) on the right side, until it no longer rests, at its group's
-        learning rate and ``scale``, without weight decay; weights of one n whose rest begins together share it::
+        learning rate and ``scale``, without weight decay::
 
             R = G Q,    W <- W - lr * scale * Adam(R) Q^T
 
@@ -48,7 +46,7 @@ class RestingWeights(Optimizer):
         Args:
             weights: Matrices of shape (..., m, n) with n > rank that require a gradient; another optimizer's are ignored.
             rank: Rank r.
-            seed: Of this rest period; the subspaces follow from it.
+            seed: Of this rest period; a weight's subspace follows from it and from the weight's place in the groups.
             among: The weights whose rest ends if they are not named, and that `weights` are of; None: all of the optimizer's.
 
         Raises:
@@ -69,9 +67,10 @@ class RestingWeights(Optimizer):
             self._discard_gradients(p)
             if p in resting:
                 self.state[p]["rest"] = torch.full((rank,), seed)  # sharded checkpoints want tensors
-        self._make_projectors(concerned)  # now: a pass's activations would lie around them, and leave gaps in host memory
+        self._make_projectors(concerned)
 
     def _make_projectors(self, weights: Iterable[Tensor]) -> None:
+        # Before a pass, whose activations would lie around them: in host memory few of the gaps between are used again.
         for p in [p for p in weights if p not in self._merge_callbacks and p not in self.resting_projectors]:
             if (q := self.resting_projector(p)) is not None and self.ddp_averaging:
                 dist.broadcast(q if p.dim() == 2 else q[0], src=0)  # another CPU may round differently
@@ -121,15 +120,10 @@ class RestingWeights(Optimizer):
         state = self.state[p]
         device = (state.get("exp_avg", p) if p in self._merge_callbacks else p).device  # where it computes: p may be offloaded
         if (q := self.resting_projectors.get(p)) is None or q.device != device:
-            rank, seed = state["rest"].numel(), int(state["rest"][0])
-            layout = (p.device_mesh, p.placements) if is_sharded(p) else None
-            key = rank, seed, *p.shape[:-2], p.size(-1), p.dtype, device, layout
-            if (q := self._shared_projectors.get(key)) is None:
-                with torch.inference_mode(False):  # else it could not be saved for backward later
-                    q = shard_state(random_subspace(p, rank, seed).to(device), p, "right", is_projector=True)
-                self._shared_projectors[key] = q
-            self.resting_projectors[p] = q
-        return q
+            with torch.inference_mode(False):  # else it could not be saved for backward later
+                found = _resting_subspace(p, state["rest"], self._group_and_index[p][1]).to(device)
+                self.resting_projectors[p] = shard_state(found, p, "right", is_projector=True)
+        return self.resting_projectors[p]
 
     def _rounding_generator(self, p: Tensor, device: torch.device) -> torch.Generator:
         """Gives the noise of a weight's rounding, other noise at each of its steps."""
@@ -156,6 +150,10 @@ def merged_weights(weights: Mapping[str, Tensor], optimizers: Iterable[Mapping[s
             number, state, seed, rounds = updates[name]
             noise = torch.Generator(weight.device).manual_seed(seed) if rounds and weight.dtype == torch.bfloat16 else None
             weight = weight.detach().clone()
-            projector = random_subspace(weight, state["rest"].numel(), int(state["rest"][0]))
-            merge_update_(weight, state["update"], projector, noise)
+            merge_update_(weight, state["update"], _resting_subspace(weight, state["rest"], number), noise)
         yield name, weight
+
+
+def _resting_subspace(weight: Tensor, rest: Tensor, number: int) -> Tensor:
+    """Q of a weight at rest, from the seed of the rest period, given once for each column, and its number in the optimizer."""
+    return random_subspace(weight, rest.numel(), derived_seed(int(rest[0]), number))

@@ -15,6 +15,7 @@ from benchmarks.evidence.recipes import (
     PolarDirection,
     RateByInclusion,
     ScaledGradient,
+    SharedSubspaces,
     SlowRest,
     balanced_blocks,
     polar_factor,
@@ -114,6 +115,24 @@ def test_a_block_that_rests_again_goes_on_where_it_was(tmp_path: Path) -> None:
         assert [step for step, _ in of_block] == [float(i + 1) for i in range(len(of_block))]
         assert all(subspace == of_block[0][1] for _, subspace in of_block)
     assert max(step for _, step, _ in steps) > 4  # rests of two steps each were joined
+
+
+def test_weights_of_one_width_share_a_subspace_for_the_rest_of_one_draw(tmp_path: Path) -> None:
+    subspaces: dict[tuple[int, int], list[torch.Tensor]] = {}
+
+    class Seen(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            optimizer = trainer.optimizers[0]
+            resting = {p: state for p, state in optimizer.state.items() if "rest" in state}
+            for p, state in resting.items():
+                key = int(state["rest"][0]), p.size(-1)
+                subspaces.setdefault(key, []).append(optimizer.resting_projector(p).clone())
+
+    trained(tmp_path, "uniform", 6, Seen(), SharedSubspaces(), resting_rank=2)
+    assert all(torch.equal(q, of_draw[0]) for of_draw in subspaces.values() for q in of_draw)
+    of_draws = [of_draw[0] for (_, width), of_draw in subspaces.items() if width == min(width for _, width in subspaces)]
+    assert len(of_draws) > 1
+    assert not torch.equal(of_draws[0], of_draws[1])
 
 
 def test_only_blocks_at_rest_move_by_the_factor(tmp_path: Path) -> None:

@@ -245,26 +245,6 @@ def test_what_a_layer_returns_can_be_written_to(rests: bool) -> None:
     torch.testing.assert_close(list(trained[0].parameters()), list(trained[1].parameters()))
 
 
-def test_layers_at_rest_of_one_input_project_what_each_of_them_read() -> None:
-    """They share X Q, but not of an input that was written to in between."""
-
-    class Gated(Net):
-        def forward(self, x: Tensor) -> Tensor:
-            for up, _, down in self.layers:
-                read = x.mul(1.0)
-                gate = up(read)
-                x = x + down(gate * up(read.mul_(0.5) if in_place else read.mul(0.5)))
-            return x
-
-    trained = []
-    for in_place in (True, False):  # plain layers would need what was overwritten
-        torch.manual_seed(0)
-        model = Gated().double()
-        train(model, optimizer_at_rest(model, True, factors=in_place))
-        trained.append(model)
-    torch.testing.assert_close(list(trained[0].parameters()), list(trained[1].parameters()))
-
-
 @pytest.mark.parametrize("rests", [False, True])
 def test_a_gradient_of_inputs_alone_leaves_none_of_weights(rests: bool) -> None:
     """As an adversarial perturbation or a penalty takes it, between two steps."""

@@ -134,6 +134,7 @@ def test_a_rank_of_0_is_no_full_rank() -> None:
 def test_equals_the_formula_in_a_plain_loop(architecture: str, in_backward: bool) -> None:
     run = Run(architecture, in_backward)
     rest: dict[str, dict[str, Any]] = {}  # what the formula keeps of each weight at rest
+    numbers = {p: number for number, p in enumerate(p for group in run.optimizer.param_groups for p in group["params"])}
     for step in range(INTERVAL * len(DRAWS)):
         reference = copy.deepcopy(run.model)  # without the optimizer's hooks
         reference.requires_grad_(True)
@@ -149,7 +150,7 @@ def test_equals_the_formula_in_a_plain_loop(architecture: str, in_backward: bool
         rest = {name: state for name, state in rest.items() if name in resting}  # dropped with the rest
         for name in resting:
             weight, trained = reference.get_parameter(name), run.model.get_parameter(name)
-            state = rest.setdefault(name, {"seed": interval})
+            state = rest.setdefault(name, {"seed": 1_000_003 * interval + numbers[trained]})
             with torch.no_grad():
                 by_the_formula(weight, weight.grad, random_subspace(weight, RANK, state["seed"]), state)
             torch.testing.assert_close(trained, weight, rtol=1e-4, atol=1e-5)
@@ -217,8 +218,8 @@ def test_keeps_projected_inputs_for_backward_instead_of_inputs() -> None:
             run.model(**tiny_batch(4))
         return sum(sizes.values())
 
-    tokens, inputs = 4 * 16, 2 * 4  # q, k and v share one, and so do gate and up
-    assert kept(RANK) - kept(0) == tokens * inputs * RANK * 4
+    tokens, linear_layers = 4 * 16, 2 * 7
+    assert kept(RANK) - kept(0) == tokens * linear_layers * RANK * 4
 
 
 def test_the_subspaces_are_there_before_a_pass_whose_activations_would_lie_around_them() -> None:
@@ -227,7 +228,6 @@ def test_the_subspaces_are_there_before_a_pass_whose_activations_would_lie_aroun
     above = [p for layer in decoder_layers(run.model)[2:] for p in layer.parameters() if p.dim() == 2]
     assert run.optimizer.resting_projectors.keys() == set(above)
     before = dict(run.optimizer.resting_projectors)
-    assert len({(id(q), p.size(-1)) for p, q in before.items()}) == len({p.size(-1) for p in above})  # one for each width
     run.train(2)
     assert all(run.optimizer.resting_projectors[p] is q for p, q in before.items())
 
@@ -298,7 +298,10 @@ def test_weight_decay_leaves_a_resting_weight_outside_its_subspace_alone() -> No
     weight = decoder_layers(run.model)[3].mlp.up_proj.weight
     before = weight.detach().clone()
     run.train(INTERVAL)
-    q = random_subspace(weight, RANK, int(run.optimizer.state[weight]["rest"][0]))
+    seed = int(run.optimizer.state[weight]["rest"][0])
+    held = [p for group in run.optimizer.param_groups for p in group["params"]]
+    number = next(number for number, p in enumerate(held) if p is weight)
+    q = random_subspace(weight, RANK, 1_000_003 * seed + number)
     moved = weight.detach() - before
     assert moved.norm() > 0
     torch.testing.assert_close(moved @ q @ q.mT, moved, rtol=1e-4, atol=1e-6)
