@@ -37,7 +37,6 @@ from ows_lightning.optim.resting import merged_weights
 from ows_lightning.optim.sharding import is_sharded
 from ows_lightning.optim.state_dtypes import keep_state_dtypes
 from ows_lightning.optim.subspace import SubspaceMethod, derived_seed
-from ows_lightning.sampling.activation import unwrapped
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.scores import architecture_of
 from ows_lightning.step import StepAccumulator, StepMetrics
@@ -194,7 +193,7 @@ class CausalLMModule(EvaluationModule):
     def setup(self, stage: str) -> None:
         """Starts afresh: of an earlier run the weights remain. Gives the Trainer the clean-up after a fit."""
         trains_unsampled = stage == "fit" and LayerwiseSampling.of(self.trainer) is None
-        check_offloading(self.hparams, trains_unsampled, self.trainer.world_size, "fsdp2" if self.device_mesh else "auto")
+        check_offloading(self.hparams, trains_unsampled, self.trainer.world_size, self.device_mesh is not None)
         if stage != "fit":
             return
         check_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
@@ -286,7 +285,7 @@ class CausalLMModule(EvaluationModule):
     def on_train_start(self) -> None:
         """Gives the blocks that were drawn memory on the device: a resumed run may validate before it trains."""
         if self.offloader is not None:
-            if self.offloader.optimizer not in map(unwrapped, self.trainer.optimizers):  # it is of an earlier fit
+            if self.offloader.optimizer not in self.trainer.optimizers:  # it is of an earlier fit
                 self.offloader.detach_optimizer()
             if self.offloader.was_copied:  # weight averaging begins with these weights, before any step
                 self.offloader.merge_updates()

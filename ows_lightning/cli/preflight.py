@@ -126,7 +126,7 @@ def check_run(command: str, model: LightningModule, data: object, trainer_args: 
             liger_for(config)
         if command in _RUN_COMMANDS:
             trains_unsampled = command == "fit" and sampling is None
-            check_offloading(model.hparams, trains_unsampled, trainer.num_devices, str(trainer_args["strategy"]))
+            check_offloading(model.hparams, trains_unsampled, trainer.num_devices, _shards(trainer_args["strategy"]))
         if sampling is not None:
             _check_sampling(sampling, config, model)
             name, scores = model.hparams["model_name_or_path"], sampling.scores
@@ -146,7 +146,7 @@ def _check_fit(
         check_strategy(trainer.strategy)  # that Lightning has chosen, before it starts other processes
     if projects:
         check_unscaled(trainer.precision_plugin)
-    callbacks, sharded = trainer.callbacks, "fsdp2" in str(trainer_args["strategy"]).lower()  # type: ignore[attr-defined]
+    callbacks, sharded = trainer.callbacks, _shards(trainer_args["strategy"])  # type: ignore[attr-defined]
     if isinstance(model, CausalLMModule):
         check_callbacks(callbacks, sharded)
     if trainer.accumulate_grad_batches > 1 and accumulation_scheduler(trainer) is not None:
@@ -160,13 +160,17 @@ def _check_fit(
     _check_monitors(model, data, callbacks, trainer_args["limit_val_batches"] != 0)
 
 
+def _shards(strategy: object) -> bool:
+    return "fsdp2" in str(strategy).lower()  # its name, or an FSDP2Strategy
+
+
 def check_plan(model: LightningModule, sampling: LayerwiseSampling | None, trainer: Mapping[str, Any]) -> None:
     """Checks what a plan is made of as `check_run` does, except what depends on this machine; the data may be elsewhere."""
     if isinstance(model, CausalLMModule):
         config, _ = model.check(find_model_config)
-        check_offloading(model.hparams, sampling is None, number_of_devices(trainer["devices"]), str(trainer["strategy"]))
+        check_offloading(model.hparams, sampling is None, number_of_devices(trainer["devices"]), _shards(trainer["strategy"]))
         if sampling is not None or model.hparams["rank"] is not None:
-            check_strategy(str(trainer["strategy"]))
+            check_strategy(trainer["strategy"])
         if model.hparams["rank"] is not None:
             check_unscaled(str(trainer.get("precision")))
         if sampling is not None:

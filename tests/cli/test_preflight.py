@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
@@ -24,6 +25,7 @@ from ows_lightning.cli.lightning_cli import OWSCLI
 from ows_lightning.cli.main import main
 from ows_lightning.cli.preflight import LOGGED_METRICS, check_devices, check_plan, check_run, check_writable, iter_numbers
 from ows_lightning.data import InstructionDataModule
+from ows_lightning.distributed.fsdp2 import FSDP2Strategy
 from ows_lightning.errors import UsageError
 from tests.data.samples import tiny_tokenizer
 from tests.models.architectures import tiny_config
@@ -184,6 +186,9 @@ def test_offloaded_blocks_need_sampling_where_something_trains(tmp_path: Path) -
     check_plan(module, sampling, {"devices": 1, "strategy": "auto"})
     with pytest.raises(UsageError, match=r"^model.frozen_in: host needs frozen blocks"):
         check_plan(module, None, {"devices": 1, "strategy": "auto"})
+    for strategy in ("fsdp2", FSDP2Strategy()):
+        with pytest.raises(UsageError, match=r"^model.frozen_in: host is for one device, and trainer.strategy: fsdp2 is set"):
+            check_plan(module, sampling, {"devices": 1, "strategy": strategy})
     alone, sampled = (Trainer(accelerator="cpu", devices=1, logger=False, callbacks=ours) for ours in ([], [sampling]))
     check_run("fit", module, LightningDataModule(), SETTINGS, sampled)
     check_run("validate", module, LightningDataModule(), SETTINGS, alone)
@@ -191,12 +196,12 @@ def test_offloaded_blocks_need_sampling_where_something_trains(tmp_path: Path) -
         check_run("fit", module, LightningDataModule(), SETTINGS, alone)
 
 
-@pytest.mark.parametrize("setting", [{"strategy": "ddp"}, {"precision": "16-mixed"}])
-def test_a_plan_refuses_what_a_fit_would(setting: dict[str, str], model_dir: Callable[..., Path]) -> None:
-    """Projected gradients are enough for that, without sampling."""
+@pytest.mark.parametrize("setting", [{"strategy": "ddp"}, {"strategy": DDPStrategy()}, {"precision": "16-mixed"}])
+def test_a_plan_refuses_what_a_fit_would(setting: dict[str, Any], model_dir: Callable[..., Path]) -> None:
+    """Projected gradients are enough for that, without sampling. A strategy may be given by its class."""
     module, full = CausalLMModule(str(model_dir())), CausalLMModule(str(model_dir()), rank=None, optimizer=torch.optim.AdamW)
     ((key, value),) = setting.items()
-    with pytest.raises(UsageError, match=f"^trainer.{key}: {value} "):
+    with pytest.raises(UsageError, match=f"^trainer.{key}: {value if isinstance(value, str) else 'DDPStrategy'} "):
         check_plan(module, None, {"devices": 2, "strategy": "auto", **setting})
     check_plan(full, None, {"devices": 2, "strategy": "auto", **setting})
 
