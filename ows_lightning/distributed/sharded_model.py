@@ -58,6 +58,7 @@ def load_into_shards(
         if not stored and mesh.get_local_rank() == 0:
             loaded = build(False)
             whole = {**dict(loaded.named_parameters()), **dict(loaded.named_buffers())}
+            del loaded  # a weight is freed when it is handed out
     causal_lm = CausalLM(model)
     shard_model(causal_lm, mesh, precision)
     buffers = dict(model.named_buffers())
