@@ -88,6 +88,14 @@ def test_the_long_study_in_readme(method: str) -> None:
     assert f"{', '.join(f'{loss:.2f}' for loss in others)}, {last:.3f}" in README
 
 
+def test_exact_match_of_the_long_study() -> None:
+    names = {"LoRA": "lora", "full": "full", "five alone": "ows", "with rest": "ows_resting", "20 blocks": "thin_20"}
+    text = (ROOT / "docs/evidence.md").read_text()
+    for name, method in names.items():
+        second, last = (100 * means("test_metric", task, method) for task in (TASKS[1], TASKS[3]))
+        assert f"{name} {second:.1f}, {last:.1f};" in text
+
+
 def test_losses_at_equal_time() -> None:
     """Of those runs that had the machine to themselves; between two lengths it is interpolated."""
     lengths = of_lengths(Ledger(ROOT / "benchmarks/results/length.csv", COUNTED).rows, TASKS[0])
