@@ -57,7 +57,7 @@ class Loop:
 READ_ELSEWHERE: dict[str, dict[str, Any]] = {
     "mamba": {"time_step_rank": 8},
     "bloom": {"pretraining_tp": 2, "slow_but_exact": True},
-    "longcat_flash": {},
+    "longcat_flash": {"_experts_implementation": "eager"},  # grouped_mm has no kernel for float64
 }
 """Architectures in which a block reads the weight of a linear layer itself, and settings with which it can rest."""
 
