@@ -96,7 +96,7 @@ def load_model(
     else:
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     arguments |= {"config": config, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
-    arguments["use_kernels"] = False  # transformers 5.25 takes kernels from the hub by default, others in training than in eval
+    arguments["use_kernels"] = False  # transformers 5.25 takes the hub's kernels by default, others in training than in eval
     if (device := torch.get_default_device()).type != "cpu":
         arguments["device_map"] = {"": device}
     # Computed buffers come from the CPU, as offloaded models' do: a GPU rounds RoPE's frequencies differently.
