@@ -73,6 +73,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "gemma4_assistant": {
         "text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
     },
+    "kolibri1_1": {"head_dim": 16, "index_num_heads": 1},
     "longcat_flash": {"head_dim": 8},
     "reformer": {
         "attn_layers": ["local", "lsh"],
