@@ -49,6 +49,10 @@ def test_attention_is_the_one_asked_for(saved: Path) -> None:
     assert load_model(str(saved), attn_implementation="eager").config._attn_implementation == "eager"
 
 
+def test_no_code_comes_from_the_hub_unasked(saved: Path) -> None:
+    assert not getattr(load_model(str(saved)), "use_kernels", False)  # transformers 5.25's default is True
+
+
 def test_home_directory_is_expanded(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(saved.parent))
     assert load_config("~/saved").model_type == "llama"
